@@ -1,0 +1,44 @@
+"""`trunkline broker`."""
+
+import click
+
+from broker.endpoint import check_endpoint
+from broker.metrics import serve_metrics
+from broker.router import Limits, Router
+from broker.server import Server
+from broker.shutdown import stop_on_signals
+from codec import logs
+
+
+@click.command("broker")
+@click.option(
+    "--listen",
+    default="tcp://127.0.0.1:7555",
+    show_default=True,
+    metavar="URL",
+    help="Where silos and workers attach; port 0 takes a free one.",
+)
+@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics here.")
+@click.option(
+    "--silence",
+    type=click.FloatRange(min=2.0),
+    default=Limits().silence,
+    show_default=True,
+    help="Seconds without a sign of life after which a peer is gone.",
+)
+def broker(listen: str, metrics: str | None, silence: float) -> None:
+    """Route messages between silos and workers. Needs no GPU and never looks into a tensor.
+
+    \b
+    Examples:
+      trunkline broker
+      trunkline broker --listen tcp://127.0.0.1:0 --metrics 127.0.0.1:9100
+    """
+    logs.configure()
+    check_endpoint(listen)
+    server = Server(listen, Router(Limits(silence=silence)))
+    if metrics:
+        serve_metrics(metrics, server)
+    stop = stop_on_signals()
+    click.echo(f"listening on {server.endpoint}")
+    server.serve(stop)

@@ -1,0 +1,51 @@
+"""A message in transit: a header, its raw bytes, and tensor frames that nobody here looks into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from codec.errors import ProtocolError
+from codec.messages import AnyHeader, decode_header, encode_header
+
+Frames = Sequence[Any]
+"""Tensor frames: bytes-like objects or `zmq.Frame`s, passed on untouched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """One message. `peer` names the silo it comes from or goes to, where that is not implied."""
+
+    peer: bytes
+    header: AnyHeader
+    raw: bytes
+    tensors: Frames = ()
+
+    @classmethod
+    def of(cls, header: AnyHeader, tensors: Frames = (), peer: bytes = b"") -> "Parcel":
+        """A new message."""
+        return cls(peer, header, encode_header(header), tensors)
+
+    @classmethod
+    def read(cls, frames: Sequence[Any]) -> "Parcel":
+        """From multipart frames `[peer][header][tensor]...`. Raises `ProtocolError`."""
+        if len(frames) < 2:
+            raise ProtocolError(f"a message of {len(frames)} frames; a peer frame and a header are needed")
+        peer, raw = bytes(frames[0]), bytes(frames[1])
+        return cls(peer, decode_header(raw), raw, tuple(frames[2:]))
+
+    def frames(self) -> list[Any]:
+        """Multipart frames for the wire."""
+        return [self.peer, self.raw, *self.tensors]
+
+    def to(self, peer: bytes) -> "Parcel":
+        """The same message with another peer frame; the header is not encoded again."""
+        return Parcel(peer, self.header, self.raw, self.tensors)
+
+    def buffers(self) -> list[memoryview]:
+        """The tensor frames' memory, without a copy."""
+        return [memoryview(getattr(frame, "buffer", frame)) for frame in self.tensors]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensor frames."""
+        return sum(len(frame) for frame in self.tensors)

@@ -1,0 +1,73 @@
+"""The peers that are attached, and which worker can serve a request."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from codec.errors import MismatchError, TrunklineError, UnavailableError
+from codec.messages import Attach, Role
+from codec.partition import Span
+from codec.plan import ModelCard
+
+
+def alias_of(peer: bytes) -> bytes:
+    """What other parties call a peer: it does not give away the identity it attaches with."""
+    return hashlib.blake2b(peer, digest_size=8).digest()
+
+
+@dataclass(slots=True)
+class Peer:
+    """An attached silo or worker. `route` is the socket's name for its connection."""
+
+    route: bytes
+    alias: bytes
+    role: Role
+    name: str
+    last_heard: float
+    model: ModelCard | None = None
+    blocks: Span = field(default_factory=lambda: Span(0, 0))
+    load: int = 0
+    """Sessions and runs that a worker holds."""
+
+
+def peer_from(route: bytes, attach: Attach, now: float) -> Peer:
+    """A peer as it introduced itself. Raises `MismatchError` for a worker without a span."""
+    if attach.role == "worker" and (
+        attach.model is None or not attach.start < attach.stop <= attach.model.blocks
+    ):
+        raise MismatchError("a worker must say which model and which blocks it hosts", side="worker")
+    blocks = Span(attach.start, attach.stop) if attach.role == "worker" else Span(0, 0)
+    return Peer(route, alias_of(attach.peer), attach.role, attach.name, now, attach.model, blocks)
+
+
+def choose_worker(workers: Iterable[Peer], model: ModelCard, blocks: Span) -> Peer:
+    """The least loaded worker that hosts these blocks of this model.
+
+    Raises `UnavailableError` while there is none, `MismatchError` if there are only others.
+    """
+    pool = list(workers)
+    fitting = [w for w in pool if w.model and not w.model.differs_from(model) and w.blocks.contains(blocks)]
+    if fitting:
+        return min(fitting, key=lambda worker: worker.load)
+    raise _nobody(pool, model, blocks)
+
+
+def _nobody(pool: list[Peer], model: ModelCard, blocks: Span) -> TrunklineError:
+    if not pool:
+        return UnavailableError(
+            "no worker is attached to the broker",
+            hint=f"Start one: trunkline worker --broker URL --model {model.name}",
+        )
+    same = [w for w in pool if w.model and not w.model.differs_from(model)]
+    if same:
+        spans = ", ".join(str(w.blocks) for w in same)
+        return MismatchError(
+            f"blocks {blocks} are needed, the workers host {spans}",
+            side="worker",
+            hint="Start a worker with --blocks that cover them, or choose other --head and --tail.",
+        )
+    known = {f"{w.model.name} ({w.model.differs_from(model)})" for w in pool if w.model}
+    return MismatchError(
+        f"the silo holds {model.name}, the workers hold {', '.join(sorted(known))}",
+        hint="Give silo and worker the same --model.",
+    )
