@@ -1,0 +1,131 @@
+"""Attention over packed sequences: no padding, no mask tensor, KV in place.
+
+A pass holds the new tokens of many sequences one after another, `[1, heads, tokens, dim]`. Each
+sequence attends to itself alone: first to its own cached keys, if the pass has KV caches, then
+causally to its new tokens. Registered with transformers as an attention implementation, so every
+family's own layers call it; the `Packing` reaches it as an extra keyword of the forward call.
+
+Shape letters: H query heads, G key/value heads, T packed tokens, N keys of one sequence, D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from workers.kv import RowCache
+
+IMPLEMENTATION = "trunkline_packed"
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How one pass is packed: new tokens per sequence, and each sequence's KV cache if it has one."""
+
+    lengths: tuple[int, ...]
+    caches: Sequence[RowCache] | None = None
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1HTD: Tensor,
+    key_1GTD: Tensor,
+    value_1GTD: Tensor,
+    _mask_tensor: Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention output `[1, T, H, D]`. Called by transformers' attention layers."""
+    outputs = []
+    offset = 0
+    for index, length in enumerate(packing.lengths):
+        here = slice(offset, offset + length)
+        offset += length
+        query, key, value = query_1HTD[:, :, here], key_1GTD[:, :, here], value_1GTD[:, :, here]
+        if packing.caches is not None:
+            key, value = packing.caches[index].append(cast("int", module.layer_idx), key, value)
+        outputs.append(_attend(query, key, value, scaling, dropout, sliding_window, softcap))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return joined.transpose(1, 2), None
+
+
+def _attend(
+    query_1HMD: Tensor,
+    key_1GND: Tensor,
+    value_1GND: Tensor,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One sequence: M new tokens, the last of its N, attend to all N keys causally."""
+    new, total = query_1HMD.shape[2], key_1GND.shape[2]
+    windowed = window is not None and total > window
+    if softcap is not None:
+        mask = None if new == 1 and not windowed else _mask(new, total, window, query_1HMD.device)
+        return _softcapped(query_1HMD, key_1GND, value_1GND, scaling, dropout, softcap, mask)
+    if new == 1 and not windowed:
+        return _one_token(query_1HMD, key_1GND, value_1GND, scaling)
+    causal = new == total and not windowed
+    mask = None if causal else _mask(new, total, window, query_1HMD.device)
+    return F.scaled_dot_product_attention(
+        query_1HMD,
+        key_1GND,
+        value_1GND,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=query_1HMD.shape[1] != key_1GND.shape[1],
+    )
+
+
+def _one_token(query_1H1D: Tensor, key_1GND: Tensor, value_1GND: Tensor, scaling: float) -> Tensor:
+    """One new token sees every key, so the query heads of a group can stand as its queries.
+
+    That reads each cached key once instead of once per query head.
+    """
+    heads, dim, groups = query_1H1D.shape[1], query_1H1D.shape[3], key_1GND.shape[1]
+    query = query_1H1D.reshape(1, groups, heads // groups, dim)
+    out = F.scaled_dot_product_attention(query, key_1GND, value_1GND, scale=scaling)
+    return out.reshape(1, heads, 1, dim)
+
+
+def _mask(new: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool `[new, total]`, True where a query may look: causal, and within the window if any."""
+    at = torch.arange(total - new, total, device=device)[:, None]
+    to = torch.arange(total, device=device)[None, :]
+    seen = to <= at
+    return seen if window is None else seen & (to > at - window)
+
+
+def _softcapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    dropout: float,
+    softcap: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Scores squashed by `softcap * tanh(score / softcap)`, as Gemma 2 wants; no fused kernel does it."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap)) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value if dropout else weights @ value
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)

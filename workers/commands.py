@@ -1,0 +1,102 @@
+"""`trunkline worker` and `trunkline models`."""
+
+import secrets
+import socket
+
+import click
+
+from workers import runtime  # before torch: it sets how idle threads wait
+
+_MIB = 1 << 20
+
+
+@click.command("worker")
+@click.option("--broker", required=True, metavar="URL", help="The broker, tcp://127.0.0.1:7555.")
+@click.option("--model", required=True, help="Hub id, local directory, or a name `models fetch` knows.")
+@click.option("--blocks", metavar="START:STOP", help="Blocks to host.  [default: all]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True)
+@click.option(
+    "--kv-memory",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    metavar="MIB",
+    help="Bound on the KV caches of all sessions together.",
+)
+@click.option("--name", default=socket.gethostname, help="How logs call this worker.  [default: host name]")
+@click.option(
+    "--patience", type=float, default=60.0, show_default=True, help="Seconds to wait for a lost broker."
+)
+def worker(
+    broker: str,
+    model: str,
+    blocks: str | None,
+    device: str,
+    dtype: str,
+    kv_memory: int,
+    name: str,
+    patience: float,
+) -> None:
+    """Host a span of a model's blocks and compute for silos. Sees no text, token ids or labels.
+
+    \b
+    Examples:
+      trunkline worker --broker tcp://127.0.0.1:7555 --model smollm2-135m
+      trunkline worker --broker tcp://127.0.0.1:7555 --model meta-llama/Llama-2-7b-hf --blocks 2:30
+    """
+    from broker.link import ZmqLink
+    from broker.shutdown import stop_on_signals
+    from codec import logs, partition
+    from codec.messages import Attach
+    from workers.checkpoint import Checkpoint
+    from workers.serve import serve
+    from workers.service import TrunkService
+    from workers.span import Span
+
+    logs.configure()
+    runtime.quiet_libraries()
+    stop = stop_on_signals()
+    checkpoint = Checkpoint(model)
+    hosted = partition.Span.parse(blocks) if blocks else partition.Span(0, checkpoint.blocks)
+    where = runtime.choose_device(device)
+    span = Span(checkpoint, hosted, dtype=runtime.choose_dtype(dtype, where), device=where)
+    card = checkpoint.card(range(hosted.start, hosted.stop))
+    attach = Attach(
+        role="worker",
+        name=name,
+        peer=secrets.token_bytes(16),
+        model=card,
+        start=hosted.start,
+        stop=hosted.stop,
+    )
+    log = logs.Log("worker")
+    log.say("hosting", model=model, blocks=str(hosted), mib=span.weight_bytes // _MIB, device=str(where))
+    link = ZmqLink(broker, attach, patience=patience)
+    try:
+        serve(link, TrunkService(span, card, kv_memory * _MIB), stop)
+    finally:
+        link.close()
+    log.say("stopped")
+
+
+@click.group("models")
+def models() -> None:
+    """Models that Trunkline knows by name."""
+
+
+@models.command("fetch")
+@click.argument("name")
+def fetch(name: str) -> None:
+    """Download NAME once and convert it to safetensors in the user's cache.
+
+    \b
+    Examples:
+      trunkline models fetch smollm2-135m
+      trunkline models fetch tiny
+    """
+    from workers import catalog
+
+    runtime.quiet_libraries()
+    directory = catalog.fetch(name, lambda line: click.echo(line, err=True))
+    click.echo(str(directory))

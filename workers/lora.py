@@ -1,0 +1,112 @@
+"""LoRA on a span, in PEFT's own layers, with names and first values that no partition changes.
+
+A tensor is known by its name in the unsplit model, `model.layers.7.self_attn.q_proj.lora_A.weight`;
+what PEFT's files add to that is left to `silo_agent.adapters`.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from codec import partition
+from codec.errors import MismatchError
+from codec.plan import LoraPlan
+from workers.families import check_targets
+from workers.span import Span
+
+
+def peft_config(plan: LoraPlan) -> LoraConfig:
+    """The plan as PEFT's configuration."""
+    return LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,  # type: ignore[arg-type]  # declared int, used as a float
+        target_modules=list(plan.targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(
+    span: Span, key: str, plan: LoraPlan, seed: int, blocks: partition.Span | None = None
+) -> None:
+    """Add adapter `key` to every target layer of the span, or of its part `blocks`.
+
+    It starts as a no-op (B is zero).
+
+    A starts as PEFT starts it (Kaiming uniform), drawn per tensor from `seed` and the tensor's
+    global name, so that every partition of a run begins with the same adapter. Weights are fp32.
+    """
+    check_targets(span.model.config, plan.targets)
+    if not len(span.blocks):
+        return
+    # The layers alone: given the model, PEFT would look for embeddings that this span may not have.
+    layers = span.layers(blocks)
+    inject_adapter_in_model(peft_config(plan), layers, adapter_name=key)
+    del layers.peft_config  # PEFT would take the next adapter for a mistake.
+    for name, weight in adapter_tensors(span, key).items():
+        weight.data = weight.data.to(torch.float32)
+        if ".lora_B." in name:
+            nn.init.zeros_(weight)
+        else:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            first = torch.empty(weight.shape)
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
+            weight.data.copy_(first)
+    _train_all(span)
+
+
+def drop_adapter(span: Span, key: str) -> None:
+    """Remove adapter `key` and its memory."""
+    for layer in _layers(span):
+        layer.delete_adapter(key)
+
+
+def use_adapter(span: Span, key: str | None) -> None:
+    """Make the next passes run with adapter `key`, or with the base model alone."""
+    for layer in _layers(span):
+        layer.enable_adapters(key is not None)
+        if key is not None:
+            layer.set_adapter(key)
+    # PEFT freezes what it does not select; a graph in flight would then lose gradients silently.
+    _train_all(span)
+
+
+def adapter_tensors(span: Span, key: str) -> dict[str, Tensor]:
+    """The adapter's weights by global name: A is `[rank, in]`, B `[out, rank]`."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in span.model.named_parameters():
+        left, marker, right = name.partition(f".{key}.")
+        if marker and "lora_" in left:
+            full = left if left.startswith("model.") else f"model.{left}"
+            found[span.global_name(f"{full}.{right}")] = parameter
+    return found
+
+
+def load_adapter(span: Span, key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into adapter `key`. Raises `MismatchError` if a tensor is missing or misshapen."""
+    for name, weight in adapter_tensors(span, key).items():
+        value = tensors.get(name)
+        if value is None or value.shape != weight.shape:
+            found = "is missing" if value is None else f"is {tuple(value.shape)}"
+            raise MismatchError(
+                f"adapter tensor {name} {found}, {tuple(weight.shape)} was expected",
+                hint="Was the adapter trained on this model with this rank and these targets?",
+            )
+        weight.data.copy_(value)
+
+
+def _layers(span: Span) -> list[LoraLayer]:
+    return [module for module in span.model.modules() if isinstance(module, LoraLayer)]
+
+
+def _train_all(span: Span) -> None:
+    for name, parameter in span.model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            parameter.requires_grad_(True)

@@ -1,0 +1,219 @@
+"""The trunk service: one request in, the answers it causes out. No sockets, one thread."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import msgspec
+from torch import Tensor
+
+from broker.parcel import Parcel
+from broker.router import error_parcel
+from codec import partition
+from codec.errors import LimitError, MismatchError, ProtocolError, TrunklineError, UnknownNameError
+from codec.logs import Log
+from codec.messages import (
+    Adapter,
+    AnyHeader,
+    Backward,
+    CloseRun,
+    CloseSession,
+    Commit,
+    Done,
+    Extend,
+    Forward,
+    GetAdapter,
+    Gone,
+    Header,
+    Opened,
+    OpenRun,
+    OpenSession,
+    Request,
+    Result,
+    Wire,
+)
+from codec.plan import ModelCard
+from codec.tensors import decode_tensors, encode_tensors
+from workers.run import TrunkRun
+from workers.session import TrunkSession, session_bytes
+from workers.span import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a request caused: tensors for `silo`, encoded as `wire` says."""
+
+    silo: bytes
+    header: AnyHeader
+    tensors: Sequence[Tensor] = ()
+    wire: Wire = "exact"
+
+
+class TrunkService:
+    """Sessions and runs over one hosted span. Names belong to the silo that opened them."""
+
+    def __init__(self, span: Span, card: ModelCard, kv_bytes: int) -> None:
+        """`kv_bytes` bounds the KV caches of all sessions together."""
+        self._span, self._card, self._kv_bytes = span, card, kv_bytes
+        self._sessions: dict[tuple[bytes, str], TrunkSession] = {}
+        self._runs: dict[str, TrunkRun] = {}
+        self._keys = count()
+        self._log = Log("worker")
+        self._begun = 0.0
+
+    def handle(self, parcel: Parcel) -> list[Parcel]:
+        """Carry out one message. Never raises: what went wrong is an answer."""
+        header = parcel.header
+        try:
+            if isinstance(header, Gone):
+                replies = self._gone(parcel.peer, header)
+            elif isinstance(header, Request):
+                tensors = decode_tensors(header.tensors, parcel.buffers(), boundary=f"silo's {_kind(header)}")
+                self._begun = time.monotonic()
+                replies = self._dispatch(parcel.peer, header, tensors)
+            else:
+                return []
+            return [_encoded(reply) for reply in replies]
+        except TrunklineError as error:
+            return [error_parcel(header.id, error).to(parcel.peer)]
+        except Exception as error:
+            self._log.failed("request failed", kind=type(header).__name__)
+            trouble = TrunklineError(
+                f"the worker failed: {type(error).__name__}: {error}", side="worker", hint="See its log."
+            )
+            return [error_parcel(header.id, trouble).to(parcel.peer)]
+
+    def _dispatch(self, silo: bytes, request: Request, tensors: list[Tensor]) -> list[Reply]:
+        match request:
+            case Extend():
+                session = self._session(silo, request.session)
+                packed = self._packed(tensors, sum(request.lengths))
+                result = session.extend(request, packed)
+                return [self._result(silo, request, [result], session.wire)]
+            case Forward():
+                run = self._run(silo, request.run)
+                result = run.forward(silo, request, self._packed(tensors, sum(request.lengths)))
+                return [self._result(silo, request, [result], run.wires[silo])]
+            case Backward():
+                run = self._run(silo, request.run)
+                gradient = run.backward(silo, request, self._packed(tensors, None))
+                return [self._result(silo, request, [] if gradient is None else [gradient], run.wires[silo])]
+            case Commit():
+                ends = _named(request.names, tensors)
+                answers = self._run(silo, request.run).commit(silo, request, ends)
+                return [Reply(member, header, summed) for member, (header, summed) in answers.items()]
+            case GetAdapter():
+                adapter = self._run(silo, request.run).adapter()
+                return [Reply(silo, Adapter(id=request.id, names=tuple(adapter)), list(adapter.values()))]
+            case OpenSession():
+                return [self._open_session(silo, request, tensors)]
+            case OpenRun():
+                return [self._open_run(silo, request, tensors)]
+            case CloseSession():
+                self._session(silo, request.session).close()
+                del self._sessions[silo, request.session]
+            case CloseRun():
+                self._run(silo, request.run)
+                self._leave_run(silo, request.run, None)
+        return [Reply(silo, Done(id=request.id))]
+
+    def _open_session(self, silo: bytes, request: OpenSession, tensors: list[Tensor]) -> Reply:
+        self._check_model(request)
+        held = sum(session.bytes for session in self._sessions.values())
+        wanted = session_bytes(self._span, request)
+        if held + wanted > self._kv_bytes:
+            raise LimitError(
+                f"the session needs {wanted >> 20} MiB of KV cache, {(self._kv_bytes - held) >> 20} are free",
+                hint="Ask for fewer rows or tokens, wait, or start the worker with more --kv-memory.",
+            )
+        adapter = _named(request.names, tensors)
+        if (silo, request.session) in self._sessions:
+            self._sessions.pop((silo, request.session)).close()
+        session = TrunkSession(self._span, f"a{next(self._keys)}", request, adapter)
+        self._sessions[silo, request.session] = session
+        return Reply(silo, Opened(id=request.id))
+
+    def _open_run(self, silo: bytes, request: OpenRun, tensors: list[Tensor]) -> Reply:
+        self._check_model(request)
+        blocks = partition.Span(request.start, request.stop)
+        initial = _named(request.names, tensors)
+        run = self._runs.get(request.run)
+        if run is None:
+            run = TrunkRun(self._span, f"a{next(self._keys)}", request.plan, blocks, initial)
+            self._runs[request.run] = run
+        run.join(silo, request.plan, blocks, request.wire, initial)
+        self._log.say("silo joined run", run=request.run, silos=len(run.ledger.members))
+        return Reply(silo, Opened(id=request.id, step=run.ledger.step))
+
+    def _check_model(self, request: OpenSession | OpenRun) -> None:
+        if why := self._card.differs_from(request.model):
+            raise MismatchError(
+                f"silo and worker hold different models: {why}", hint="Give both the same --model."
+            )
+        if not self._span.blocks.contains(partition.Span(request.start, request.stop)):
+            raise MismatchError(f"this worker hosts blocks {self._span.blocks}", side="worker")
+
+    def _session(self, silo: bytes, name: str) -> TrunkSession:
+        session = self._sessions.get((silo, name))
+        if session is None:
+            raise UnknownNameError(f"you have no session {name!r} open")
+        return session
+
+    def _run(self, silo: bytes, name: str) -> TrunkRun:
+        run = self._runs.get(name)
+        if run is None or silo not in run.ledger.members:
+            raise UnknownNameError(f"you have no run {name!r} open")
+        return run
+
+    def _packed(self, tensors: list[Tensor], tokens: int | None) -> Tensor:
+        hidden = self._card.hidden
+        if len(tensors) != 1 or tensors[0].dim() != 2 or tensors[0].shape[1] != hidden:
+            raise MismatchError(f"one tensor [tokens, {hidden}] is expected")
+        if tokens is not None and tensors[0].shape[0] != tokens:
+            raise MismatchError(f"the lengths sum to {tokens}, the tensor holds {tensors[0].shape[0]} tokens")
+        return tensors[0]
+
+    def _result(self, silo: bytes, request: Header, tensors: list[Tensor], wire: Wire) -> Reply:
+        return Reply(silo, Result(id=request.id, seconds=time.monotonic() - self._begun), tensors, wire)
+
+    def _leave_run(self, silo: bytes, name: str, gone: str | None) -> list[Reply]:
+        run = self._runs[name]
+        vain = run.leave(silo, gone)
+        replies = []
+        for member, commit in vain.items():
+            try:
+                run.ledger.check(member)
+            except TrunklineError as error:
+                replies.append(Reply(member, _error_header(commit.id, error)))
+        if not run.ledger.members:
+            self._runs.pop(name).close()
+        return replies
+
+    def _gone(self, silo: bytes, header: Gone) -> list[Reply]:
+        self._log.say("silo gone", silo=header.name)
+        for key in [key for key in self._sessions if key[0] == silo]:
+            self._sessions.pop(key).close()
+        joined = [name for name, run in self._runs.items() if silo in run.ledger.members]
+        return [reply for name in joined for reply in self._leave_run(silo, name, header.name)]
+
+
+def _named(names: tuple[str, ...], tensors: list[Tensor]) -> dict[str, Tensor]:
+    if len(set(names)) != len(tensors) or len(names) != len(tensors):
+        raise ProtocolError(f"{len(tensors)} tensors came with {len(names)} names")
+    return dict(zip(names, tensors, strict=True))
+
+
+def _error_header(request: int, error: TrunklineError) -> AnyHeader:
+    return error_parcel(request, error).header
+
+
+def _encoded(reply: Reply) -> Parcel:
+    if not reply.tensors:
+        return Parcel.of(reply.header, peer=reply.silo)
+    specs, frames = encode_tensors(reply.tensors, reply.wire, f"worker's {_kind(reply.header)}")
+    return Parcel.of(msgspec.structs.replace(reply.header, tensors=specs), frames, reply.silo)
+
+
+def _kind(header: AnyHeader) -> str:
+    return str(type(header).__struct_config__.tag)

@@ -1,0 +1,58 @@
+"""A session on its worker: one generation's KV caches over the trunk."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from codec import partition
+from codec.errors import LimitError, ProtocolError
+from codec.messages import Extend, OpenSession
+from workers.kv import RowCache
+from workers.lora import add_adapter, drop_adapter, load_adapter, use_adapter
+from workers.span import Span
+
+
+class TrunkSession:
+    """KV caches of a session's rows, and the adapter its silo brought, if any."""
+
+    def __init__(self, span: Span, key: str, opening: OpenSession, adapter: Mapping[str, Tensor]) -> None:
+        """Reserve the caches. Raises `MismatchError` if the adapter does not fit the trunk."""
+        self._span = span
+        self._key = key if opening.adapter else None
+        self._blocks = partition.Span(opening.start, opening.stop)
+        self.wire = opening.wire
+        self.bytes = session_bytes(span, opening)
+        if opening.adapter is not None:
+            add_adapter(span, key, opening.adapter, seed=0, blocks=self._blocks)
+            try:
+                load_adapter(span, key, adapter)
+            except Exception:
+                drop_adapter(span, key)
+                raise
+        self._rows = [RowCache(span.kv_shape(), opening.capacity) for _ in range(opening.rows)]
+
+    @torch.no_grad()
+    def extend(self, request: Extend, packed: Tensor) -> Tensor:
+        """Run the rows' new tokens, hidden states `[T, hidden]`, through trunk and caches."""
+        counts = {len(request.rows), len(request.starts), len(request.lengths)}
+        if len(counts) != 1 or len(set(request.rows)) != len(request.rows):
+            raise ProtocolError("rows, starts and lengths must be one each for distinct rows")
+        if max(request.rows) >= len(self._rows):
+            raise LimitError(f"the session has {len(self._rows)} rows", side="silo")
+        caches = [self._rows[row] for row in request.rows]
+        for cache, start, length in zip(caches, request.starts, request.lengths, strict=True):
+            cache.rewind(start)
+            cache.check_room(length)
+        use_adapter(self._span, self._key)
+        return self._span.run(packed, request.lengths, caches=caches, blocks=self._blocks)
+
+    def close(self) -> None:
+        """Free the adapter; the caches go with the session."""
+        if self._key is not None:
+            drop_adapter(self._span, self._key)
+
+
+def session_bytes(span: Span, opening: OpenSession) -> int:
+    """Bytes of KV cache a session reserves."""
+    return span.kv_shape().bytes_for(opening.rows * opening.capacity)
