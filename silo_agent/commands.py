@@ -1,0 +1,17 @@
+"""`trunkline silo`: a data owner's commands."""
+
+import click
+
+from codec import logs
+from silo_agent.query_commands import chat, evaluate_command, generate_command
+from silo_agent.train_command import train_command
+
+
+@click.group("silo")
+def silo() -> None:
+    """A data owner's side. Text, token ids and labels never leave this process."""
+    logs.configure()
+
+
+for _command in (train_command, generate_command, chat, evaluate_command):
+    silo.add_command(_command)

@@ -1,0 +1,76 @@
+"""What a person sees while a silo works: bars on stderr, answers on stdout."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from silo_agent.generation import Continuation
+    from silo_agent.trainer import StepReport
+
+
+def progress_bar() -> Progress:
+    """A progress display on stderr; each task has a `facts` field for its figures."""
+    return Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[facts]}"),
+        console=Console(stderr=True),
+    )
+
+
+@contextmanager
+def step_display(kind: str, steps: int, name: str) -> Iterator[Callable[["StepReport"], None]]:
+    """How steps are shown: a `bar`, or one JSON object a line on stdout (`jsonl`)."""
+    if kind == "jsonl":
+
+        def line(report: "StepReport") -> None:
+            print(json.dumps(dataclasses.asdict(report)), flush=True)
+
+        yield line
+        return
+    with progress_bar() as progress:
+        task = progress.add_task(name, total=steps, facts="waiting for a worker and the other silos")
+
+        def advance(report: "StepReport") -> None:
+            progress.update(task, completed=report.step, facts=step_facts(report))
+
+        yield advance
+
+
+def step_facts(report: "StepReport") -> str:
+    """A step's figures in one short line."""
+    return (
+        f"loss {report.loss:.3f}  {report.tokens / report.seconds:.0f} tok/s  "
+        f"trunk busy {report.trunk_busy:.0%}"
+    )
+
+
+def stream(_: int, text: str) -> None:
+    """Put out a piece of an answer as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def show_answers(prompts: Sequence[str], answers: Sequence["Continuation"]) -> None:
+    """End a streamed answer's line, or show the answers of a batch under their prompts."""
+    if len(answers) == 1:
+        click.echo()
+        return
+    for prompt, answer in zip(prompts, answers, strict=True):
+        click.echo(f"> {prompt}\n{answer.text}\n")
+
+
+def ask() -> str:
+    """The next line a person types; empty at the end of input."""
+    click.echo("> ", nl=False)
+    return sys.stdin.readline().strip()

@@ -1,0 +1,60 @@
+"""Micro-batches: packed token ids and where the loss looks. They never leave the silo."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from codec.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenized sequence; `answer[t]` says whether token t is to be learned."""
+
+    ids: tuple[int, ...]
+    answer: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences one after another, without padding.
+
+    `ids` int64 `[T]`; `keep` int64 `[K]`, the packed positions whose next token is learned;
+    `targets` int64 `[K]`, those next tokens.
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+    keep: Tensor
+    targets: Tensor
+
+
+def pack_examples(examples: Sequence[Example]) -> MicroBatch:
+    """Pack examples. Raises `DataError` if nothing in them is to be learned."""
+    ids: list[int] = []
+    keep: list[int] = []
+    for example in examples:
+        offset = len(ids)
+        ids.extend(example.ids)
+        keep.extend(offset + t - 1 for t in range(1, len(example.ids)) if example.answer[t])
+    if not keep:
+        raise DataError("a micro-batch without a single token to learn")
+    packed = torch.tensor(ids, dtype=torch.int64)
+    at = torch.tensor(keep, dtype=torch.int64)
+    return MicroBatch(packed, tuple(len(e.ids) for e in examples), at, packed[at + 1])
+
+
+def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[MicroBatch]:
+    """Micro-batches of `size` examples for ever, shuffled anew each time the data is used up."""
+    shuffle = random.Random(seed)
+    waiting: list[Example] = []
+    while True:
+        while len(waiting) < size:
+            again = list(examples)
+            shuffle.shuffle(again)
+            waiting.extend(again)
+        yield pack_examples(waiting[:size])
+        del waiting[:size]

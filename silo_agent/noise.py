@@ -1,0 +1,87 @@
+"""Gaussian noise on the hidden states that leave the head, in training and in generation.
+
+The paper's mechanism (arXiv 2505.15683). What it protects against and what not: docs/privacy.md.
+"""
+
+import math
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from codec.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseScale:
+    """How strong: exactly one of three ways to say it; all zero is no noise.
+
+    `relative` is the standard deviation in units of the boundary's own, `absolute` in the hidden
+    states' own units, and `mean_abs` the paper's parameter V, the mean absolute value of the noise.
+    """
+
+    relative: float = 0.0
+    absolute: float = 0.0
+    mean_abs: float = 0.0
+
+    def __post_init__(self) -> None:
+        values = (self.relative, self.absolute, self.mean_abs)
+        if sum(value != 0 for value in values) > 1:
+            raise UsageError("give one of --noise, --noise-abs and --noise-mean-abs")
+        if any(value < 0 or not math.isfinite(value) for value in values):
+            raise UsageError("noise cannot be negative or infinite")
+
+    def sigma(self, boundary_std: float) -> float:
+        """Standard deviation of the noise for a boundary of standard deviation `boundary_std`.
+
+        A zero-mean Gaussian has a mean absolute value of sigma * sqrt(2/pi).
+        """
+        if self.mean_abs:
+            return self.mean_abs * math.sqrt(math.pi / 2)
+        return self.absolute or self.relative * boundary_std
+
+
+class Noise:
+    """The noise source of one silo process.
+
+    The boundary's standard deviation is measured over everything noised so far, so that a single
+    decoded token gets the same noise as the prompt before it. The generator is seeded by the
+    operating system; `seed` is for tests, repeats the noise, and warns.
+    """
+
+    def __init__(self, scale: NoiseScale, *, seed: int | None = None, device: str = "cpu") -> None:
+        if seed is None:
+            seed = int.from_bytes(os.urandom(8), "little", signed=True)
+        elif scale != NoiseScale():
+            warnings.warn("a fixed noise seed: whoever knows it can remove the noise", stacklevel=2)
+        self._scale = scale
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._count, self._mean, self._square = 0, 0.0, 0.0
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing is ever added."""
+        return self._scale == NoiseScale()
+
+    def add(self, hidden: Tensor) -> Tensor:
+        """`hidden` `[tokens, hidden]` plus fresh noise; gradients pass through unchanged."""
+        if self.off:
+            return hidden
+        sigma = self._scale.sigma(self._observe(hidden.detach()) if self._scale.relative else 0.0)
+        noise = torch.randn(
+            hidden.shape, generator=self._generator, device=hidden.device, dtype=torch.float32
+        )
+        return hidden + (noise * sigma).to(hidden.dtype)
+
+    def _observe(self, hidden: Tensor) -> float:
+        """Merge this tensor into the running moments (Chan et al.); the standard deviation so far."""
+        count, values = hidden.numel(), hidden.double()
+        mean, square = float(values.mean()), float((values - values.mean()).square().sum())
+        total = self._count + count
+        delta = mean - self._mean
+        self._square += square + delta * delta * self._count * count / total
+        self._mean += delta * count / total
+        self._count = total
+        return math.sqrt(self._square / total)

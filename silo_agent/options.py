@@ -1,0 +1,198 @@
+"""The options all silo commands share, and the silo they describe."""
+
+import dataclasses
+import functools
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from codec.messages import Wire
+from codec.partition import Partition
+from codec.plan import LoraPlan
+from workers import runtime  # before torch: it sets how idle threads wait
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from silo_agent.adapters import SavedAdapter
+    from silo_agent.ends import Ends
+    from silo_agent.noise import Noise, NoiseScale
+    from silo_agent.remote import Remote
+    from silo_agent.session import Session
+
+_OPTIONS = [
+    click.option("--broker", required=True, metavar="URL", help="The broker, tcp://127.0.0.1:7555."),
+    click.option("--model", required=True, help="Hub id, directory, or a name `models fetch` knows."),
+    click.option("--head", default=2, show_default=True, metavar="P", help="Blocks kept before the trunk."),
+    click.option("--tail", default=2, show_default=True, metavar="Q", help="Blocks kept after the trunk."),
+    click.option(
+        "--noise",
+        default=0.0,
+        metavar="S",
+        help="Gaussian noise on what leaves, in units of the boundary's own standard deviation.",
+    ),
+    click.option("--noise-abs", default=0.0, metavar="S", help="The same as an absolute deviation."),
+    click.option("--noise-mean-abs", default=0.0, metavar="V", help="The same by its mean absolute value."),
+    click.option("--noise-seed", type=int, help="Repeat the noise (tests only: removes its protection)."),
+    click.option(
+        "--wire",
+        type=click.Choice(["exact", "bf16", "fp16"]),
+        default="exact",
+        show_default=True,
+        help="How tensors cross: every bit, or cast to 16 bits.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True),
+    click.option("--name", default=socket.gethostname, help="How others' logs call this silo."),
+    click.option(
+        "--wait", default=60.0, show_default=True, metavar="S", help="Seconds to wait for broker and worker."
+    ),
+    click.option(
+        "--deadline", default=120.0, show_default=True, metavar="S", help="Seconds a request may take."
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SiloOptions:
+    """The shared options as given."""
+
+    broker: str
+    model: str
+    head: int
+    tail: int
+    noise: float
+    noise_abs: float
+    noise_mean_abs: float
+    noise_seed: int | None
+    wire: Wire
+    device: str
+    dtype: str
+    name: str
+    wait: float
+    deadline: float
+
+    def scale(self) -> "NoiseScale":
+        """The noise asked for. Raises `UsageError`."""
+        from silo_agent.noise import NoiseScale
+
+        return NoiseScale(self.noise, self.noise_abs, self.noise_mean_abs)
+
+
+@dataclass(frozen=True, slots=True)
+class Silo:
+    """A silo ready to work: its parts of the model, tokenizer, noise, and the way to the trunk."""
+
+    options: SiloOptions
+    ends: "Ends"
+    tokenizer: "PreTrainedTokenizerBase"
+    remote: "Remote"
+    noise: "Noise"
+    stop_tokens: frozenset[int]
+
+    def _use(self, saved: "SavedAdapter | None") -> "tuple[LoraPlan, dict[str, Tensor]] | None":
+        """Put a saved adapter on head and tail; the trunk's part is returned for the session."""
+        if saved is None:
+            return None
+        self.ends.adapt(saved.plan, seed=0, initial=saved.tensors)
+        return saved.plan, saved.within(self.ends.trunk)
+
+    def session(self, rows: int, capacity: int, saved: "SavedAdapter | None") -> "Session":
+        """A session of `rows` sequences of up to `capacity` tokens, with a saved adapter if given."""
+        from silo_agent.session import Session
+
+        return Session(
+            self.ends,
+            self.remote,
+            rows=rows,
+            capacity=capacity,
+            noise=self.noise,
+            wire=self.options.wire,
+            adapter=self._use(saved),
+            wait=self.options.wait,
+        )
+
+    def traffic(self) -> dict[str, dict[str, int]]:
+        """Tensor bytes and tokens that crossed so far, by boundary."""
+        return dataclasses.asdict(self.remote.traffic)
+
+
+def silo_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the shared options to a command; it gets them as one `SiloOptions`."""
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        shared = {name: given.pop(name) for name in SiloOptions.__dataclass_fields__}
+        command(SiloOptions(**shared), **given)
+
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+@contextmanager
+def open_silo(options: SiloOptions) -> Iterator[Silo]:
+    """Load head and tail and attach to the broker; the link is closed at the end.
+
+    Raises any `TrunklineError`: bad options, unknown model, unreachable broker.
+    """
+    from transformers import AutoTokenizer
+
+    from broker.link import ZmqLink
+    from silo_agent.ends import Ends
+    from silo_agent.noise import Noise
+    from silo_agent.remote import Remote, silo_attach
+    from workers.checkpoint import Checkpoint
+
+    runtime.quiet_libraries()
+    scale = options.scale()
+    device = runtime.choose_device(options.device)
+    partition = Partition(options.head, options.tail)
+    checkpoint = Checkpoint(options.model)
+    partition.spans(checkpoint.blocks)
+    noise = Noise(scale, seed=options.noise_seed, device=str(device))
+    link = ZmqLink(options.broker, silo_attach(options.name), patience=options.wait)
+    remote = Remote(link, deadline=options.deadline)
+    try:
+        dtype = runtime.choose_dtype(options.dtype, device)
+        ends = Ends(checkpoint, partition, dtype=dtype, device=device)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.ref)
+        yield Silo(
+            options=options,
+            ends=ends,
+            tokenizer=tokenizer,
+            remote=remote,
+            noise=noise,
+            stop_tokens=_stop_tokens(checkpoint.ref, tokenizer),
+        )
+    finally:
+        remote.close()
+
+
+def load_saved(directory: Path | None) -> "SavedAdapter | None":
+    """The adapter at `directory`, if one is given. Raises `ModelError`."""
+    if directory is None:
+        return None
+    from silo_agent.adapters import read_adapter
+
+    return read_adapter(directory)
+
+
+def _stop_tokens(ref: str, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(ref).eos_token_id
+    except OSError:
+        ends = None
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset(cast("list[int]", ends) if isinstance(ends, list) else [ends])

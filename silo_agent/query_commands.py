@@ -1,0 +1,150 @@
+"""`trunkline silo generate`, `chat` and `eval`."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from codec.errors import UsageError
+from silo_agent.display import ask, progress_bar, show_answers, stream
+from silo_agent.options import SiloOptions, load_saved, open_silo, silo_options
+from silo_agent.report import write_report
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("generate")
+@silo_options
+@click.option("--prompt", "prompts", multiple=True, help="May be given several times: one batch.")
+@click.option("--prompts", "file", type=click.File(), help="One prompt a line; - is standard input.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
+@click.option("--system", help="System message before each prompt.")
+@click.option("--adapter", type=_FILE, help="A PEFT adapter to use, as `silo train` writes it.")
+@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="0: all tokens.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--repetition-penalty", default=1.0, show_default=True)
+@click.option("--stop", "stops", multiple=True, help="Text that ends an answer; may be repeated.")
+@click.option("--seed", type=int, help="Of the sampling.")
+@click.option("--json", "json_path", type=_FILE, help="Write answers and measurements here.")
+def generate_command(options: SiloOptions, **given: Any) -> None:
+    """Answer prompts with the split model, streaming.
+
+    \b
+    Examples:
+      trunkline silo generate --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
+          --prompt "What is the capital of France?"
+      trunkline silo generate --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
+          --adapter north --noise 0.05 --prompts questions.txt --json answers.json
+    """
+    from silo_agent.data import prompt_ids
+    from silo_agent.generation import generate
+    from silo_agent.sampling import Sampling
+
+    texts = [*given["prompts"], *(line.rstrip("\n") for line in given["file"] or () if line.strip())]
+    if not texts:
+        raise UsageError("nothing to answer", hint="Give --prompt TEXT or --prompts FILE.")
+    sampling = Sampling(
+        given["temperature"], given["top_k"], given["top_p"], given["repetition_penalty"], given["seed"]
+    )
+    saved = load_saved(given["adapter"])
+    with open_silo(options) as silo:
+        system = [{"role": "system", "content": given["system"]}] if given["system"] else []
+        prompts = [
+            silo.tokenizer(text)["input_ids"]
+            if given["raw"]
+            else prompt_ids(silo.tokenizer, [*system, {"role": "user", "content": text}], answer_next=True)
+            for text in texts
+        ]
+        capacity = max(len(prompt) for prompt in prompts) + given["max_tokens"]
+        begun = time.monotonic()
+        with silo.session(len(prompts), capacity, saved) as session:
+            answers = generate(
+                session,
+                silo.tokenizer,
+                prompts,
+                max_tokens=given["max_tokens"],
+                ends=silo.stop_tokens,
+                sampling=sampling,
+                stops=given["stops"],
+                on_text=stream if len(prompts) == 1 else None,
+            )
+        seconds = time.monotonic() - begun
+        show_answers(texts, answers)
+        made = sum(len(answer.tokens) for answer in answers)
+        results = {
+            "answers": [
+                {"prompt": text, **dataclasses.asdict(answer)}
+                for text, answer in zip(texts, answers, strict=True)
+            ],
+            "tokens_per_s": made / seconds,
+            "traffic": silo.traffic(),
+        }
+        write_report(given["json_path"], "silo-generate", dataclasses.asdict(options), results)
+
+
+@click.command("chat")
+@silo_options
+@click.option("--system", help="System message of the conversation.")
+@click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
+@click.option("--max-tokens", default=512, show_default=True, help="Longest answer.")
+@click.option("--context", default=4096, show_default=True, help="Longest conversation, in tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", default=1.0, show_default=True)
+def chat(options: SiloOptions, **given: Any) -> None:
+    """Talk with the split model; an empty line or Ctrl-D ends it. Earlier turns stay cached.
+
+    \b
+    Examples:
+      trunkline silo chat --broker tcp://127.0.0.1:7555 --model smollm2-135m
+    """
+    from silo_agent.conversation import Conversation
+    from silo_agent.sampling import Sampling
+
+    sampling = Sampling(temperature=given["temperature"], top_p=given["top_p"])
+    saved = load_saved(given["adapter"])
+    with open_silo(options) as silo, silo.session(1, given["context"], saved) as session:
+        talk = Conversation(session, silo.tokenizer, silo.stop_tokens, sampling, given["system"])
+        while line := ask():
+            talk.say(line, given["max_tokens"], lambda text: stream(0, text))
+            click.echo()
+
+
+@click.command("eval")
+@silo_options
+@click.option("--task", type=click.Choice(["chat"]), default="chat", show_default=True)
+@click.option("--data", type=_FILE, required=True, help="JSONL, one conversation a line.")
+@click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
+@click.option("--batch", default=4, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-length", default=1024, show_default=True)
+@click.option("--json", "json_path", type=_FILE, help="Write the scores here.")
+def evaluate_command(options: SiloOptions, **given: Any) -> None:
+    """Loss, perplexity and token accuracy on the answers in a data file.
+
+    \b
+    Examples:
+      trunkline silo eval --broker tcp://127.0.0.1:7555 --model smollm2-135m --data held-out.jsonl
+    """
+    from silo_agent.data import chat_examples
+    from silo_agent.evaluation import evaluate
+
+    saved = load_saved(given["adapter"])
+    with open_silo(options) as silo:
+        examples = chat_examples(given["data"], silo.tokenizer, max_tokens=given["max_length"])
+        with (
+            silo.session(given["batch"], given["max_length"], saved) as session,
+            progress_bar() as progress,
+        ):
+            task = progress.add_task("examples", total=len(examples), facts="")
+            score = evaluate(
+                session, examples, rows=given["batch"], progress=lambda n: progress.advance(task, n)
+            )
+        results = {**dataclasses.asdict(score), "traffic": silo.traffic()}
+        write_report(given["json_path"], "silo-eval", dataclasses.asdict(options), results)
+    click.echo(
+        f"loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
+        f"token accuracy {score.token_accuracy:.1%}  ({score.tokens} tokens, {score.examples} examples)"
+    )

@@ -1,0 +1,90 @@
+"""A session on the silo: KV caches on head and tail, and one on the trunk kept by a worker."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from codec.messages import CloseSession, Extend, OpenSession, Wire
+from codec.plan import LoraPlan
+from silo_agent.ends import Ends
+from silo_agent.noise import Noise
+from silo_agent.remote import Remote, expect
+from workers.kv import RowCache
+
+
+class Session:
+    """`rows` sequences that grow token by token, with caches on all three parts.
+
+    Per new token one hidden state crosses each way, however long the context is. A context manager:
+    leaving it closes the worker's caches too.
+    """
+
+    def __init__(
+        self,
+        ends: Ends,
+        remote: Remote,
+        *,
+        rows: int,
+        capacity: int,
+        noise: Noise,
+        wire: Wire = "exact",
+        adapter: tuple[LoraPlan, Mapping[str, Tensor]] | None = None,
+        wait: float = 30.0,
+    ) -> None:
+        """Open it with room for `capacity` tokens a row; `adapter` is the trunk's, by global name.
+
+        Waits up to `wait` seconds for a worker. Raises what `Remote.open` raises.
+        """
+        self._ends, self._remote, self._noise, self._wire = ends, remote, noise, wire
+        self._name = secrets.token_hex(8)
+        self.capacity = capacity
+        plan, tensors = adapter if adapter else (None, {})
+        request = OpenSession(
+            session=self._name,
+            model=ends.card,
+            start=ends.trunk.start,
+            stop=ends.trunk.stop,
+            rows=rows,
+            capacity=capacity,
+            wire=wire,
+            adapter=plan,
+            names=tuple(tensors),
+        )
+        remote.open(request, list(tensors.values()), wait=wait)
+        self._head = [RowCache(ends.head.kv_shape(), capacity) for _ in range(rows)]
+        self._tail = [RowCache(ends.tail.kv_shape(), capacity) for _ in range(rows)]
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._remote.call(CloseSession(session=self._name))
+
+    @torch.no_grad()
+    def extend(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        starts: Sequence[int] | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Add `tokens[i]` to row `rows[i]`, at `starts[i]` if given (earlier tokens from there are
+        forgotten), and return logits: of each row's last token `[rows, vocabulary]`, or of the
+        packed positions `keep`.
+        """
+        lengths = tuple(len(part) for part in tokens)
+        head, tail = [self._head[row] for row in rows], [self._tail[row] for row in rows]
+        begins = tuple(starts) if starts is not None else tuple(cache.length for cache in head)
+        for caches in (head, tail):
+            for cache, start, length in zip(caches, begins, lengths, strict=True):
+                cache.rewind(start)
+                cache.check_room(length)
+        ids = torch.tensor([token for part in tokens for token in part], dtype=torch.int64)
+        sent = self._noise.add(self._ends.head.run(ids, lengths, caches=head))
+        request = Extend(session=self._name, rows=tuple(rows), starts=begins, lengths=lengths)
+        (output,) = expect(self._remote.call(request, [sent], wire=self._wire), 1)
+        last = torch.tensor(lengths).cumsum(0) - 1 if keep is None else keep
+        return self._ends.tail.run(output, lengths, caches=tail, keep=last.to(self._ends.device))

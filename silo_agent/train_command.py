@@ -1,0 +1,128 @@
+"""`trunkline silo train`."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from codec.plan import checked_plan
+from silo_agent.display import step_display
+from silo_agent.options import SiloOptions, load_saved, open_silo, silo_options
+from silo_agent.report import write_report
+
+if TYPE_CHECKING:
+    from silo_agent.trainer import StepReport
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("train")
+@silo_options
+@click.option("--task", type=click.Choice(["chat"]), default="chat", show_default=True)
+@click.option("--data", type=_FILE, required=True, help="JSONL, one conversation a line.")
+@click.option("--out", type=_FILE, required=True, help="Directory for the adapter, in PEFT's format.")
+@click.option("--resume", type=_FILE, help="Begin with this adapter's weights instead of fresh ones.")
+@click.option("--run", "run_name", default="default", show_default=True, help="Silos of one run share it.")
+@click.option("--silos", default=1, show_default=True, help="How many silos take part.")
+@click.option("--steps", default=10, show_default=True)
+@click.option(
+    "--ends",
+    type=click.Choice(["own", "shared"]),
+    default="own",
+    show_default=True,
+    help="Whether each silo keeps its own head and tail adapters.",
+)
+@click.option(
+    "--batch", default=4, show_default=True, type=click.IntRange(min=1), help="Sequences in a micro-batch."
+)
+@click.option(
+    "--accumulate",
+    default=2,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Micro-batches of this silo in a step.",
+)
+@click.option(
+    "--window",
+    default=4,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Micro-batches in flight at once.",
+)
+@click.option("--rank", default=8, show_default=True)
+@click.option("--alpha", default=16.0, show_default=True)
+@click.option(
+    "--lora-targets",
+    default="attention",
+    show_default=True,
+    help="attention, all (with the MLP), or layer names with commas.",
+)
+@click.option("--lr", default=1e-3, show_default=True)
+@click.option("--warmup", default=0, show_default=True, help="Warm-up steps.")
+@click.option(
+    "--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="linear", show_default=True
+)
+@click.option("--clip", default=1.0, show_default=True, help="Bound on the global gradient norm; 0: none.")
+@click.option("--weight-decay", default=0.0, show_default=True)
+@click.option("--max-length", default=1024, show_default=True, help="Tokens of a conversation that are used.")
+@click.option("--loss-on", type=click.Choice(["answer", "everything"]), default="answer", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the first adapter and the data order.")
+@click.option("--patience", default=600.0, show_default=True, help="Seconds to wait for the other silos.")
+@click.option("--progress", type=click.Choice(["bar", "jsonl"]), default="bar", show_default=True)
+@click.option("--json", "json_path", type=_FILE, help="Write what was measured here.")
+def train_command(options: SiloOptions, **given: Any) -> None:
+    """Fine-tune together with other silos; every silo gets the merged adapter with its own ends.
+
+    \b
+    Examples:
+      trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
+          --data notes.jsonl --steps 20 --out adapter
+      trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
+          --run clinics --silos 2 --noise 0.05 --data north.jsonl --out north
+    """
+    from silo_agent.data import chat_examples
+    from silo_agent.training import TrainSettings, save, train
+    from workers.families import lora_targets
+
+    resume = load_saved(given["resume"])
+    with open_silo(options) as silo:
+        examples = chat_examples(
+            given["data"],
+            silo.tokenizer,
+            max_tokens=given["max_length"],
+            everything=given["loss_on"] == "everything",
+        )
+        targets = lora_targets(silo.ends.config, given["lora_targets"])
+        plan = checked_plan(
+            silos=given["silos"],
+            steps=given["steps"],
+            ends=given["ends"],
+            lora={"rank": given["rank"], "alpha": given["alpha"], "targets": targets},
+            learning_rate=given["lr"],
+            warmup_steps=given["warmup"],
+            schedule=given["schedule"],
+            clip_norm=given["clip"],
+            weight_decay=given["weight_decay"],
+            seed=given["seed"],
+        )
+        settings = TrainSettings(
+            given["run_name"], given["batch"], given["accumulate"], given["window"], given["patience"]
+        )
+        reports: list[StepReport] = []
+        with step_display(given["progress"], plan.steps, options.name) as show:
+
+            def on_step(report: "StepReport") -> None:
+                reports.append(report)
+                show(report)
+
+            tensors = train(silo, plan, settings, examples, resume, on_step)
+        save(given["out"], plan, tensors, options.model)
+        results = {
+            "steps": [dataclasses.asdict(report) for report in reports],
+            "loss_first": reports[0].loss if reports else None,
+            "loss_last": reports[-1].loss if reports else None,
+            "traffic": silo.traffic(),
+        }
+        write_report(given["json_path"], "silo-train", dataclasses.asdict(options), results)
+    click.echo(f"adapter saved at {given['out']}", err=True)

@@ -1,0 +1,165 @@
+"""A silo's training loop: several micro-batches in flight, one optimizer step at a time.
+
+Per micro-batch: head forward, noise, frame out; trunk output in, tail forward, loss, tail backward,
+gradient out; boundary gradient in, head backward. While one micro-batch is on the wire or in the
+trunk, others are in head or tail: the loop always does what has arrived before it starts new work.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codec.errors import ProtocolError
+from codec.messages import Backward, Commit, Committed, Forward, Wire
+from codec.plan import RunPlan
+from silo_agent.ends import Ends
+from silo_agent.microbatch import MicroBatch
+from silo_agent.noise import Noise
+from silo_agent.remote import Arrival, Remote, expect
+from workers.optimizer import PartOptimizer
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did. `loss` is the mean over this silo's own loss tokens."""
+
+    step: int
+    loss: float
+    loss_tokens: int
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+    trunk_busy: float
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A micro-batch between head forward and head backward; `sent` is what the head put out."""
+
+    number: int
+    batch: MicroBatch
+    sent: Tensor
+    returning: bool = False
+
+
+class Trainer:
+    """Trains this silo's ends together with a run's trunk. The run must be open."""
+
+    def __init__(
+        self,
+        ends: Ends,
+        remote: Remote,
+        *,
+        run: str,
+        plan: RunPlan,
+        noise: Noise,
+        wire: Wire = "exact",
+        window: int = 4,
+        patience: float = 600.0,
+        step: int = 0,
+    ) -> None:
+        """`window` micro-batches are in flight at most; `patience` bounds the wait for other silos."""
+        self._ends, self._remote, self._run, self._plan = ends, remote, run, plan
+        self._noise, self._wire, self._window, self._patience = noise, wire, window, patience
+        self._optimizer = PartOptimizer(plan, ends.adapter())
+        self._trains_head = bool(ends.head_adapter())
+        self._flights: dict[int, _Flight] = {}
+        self._next = 0
+        self._loss = 0.0
+        self.step_number = step
+
+    def step(self, micro_batches: Iterable[MicroBatch]) -> StepReport:
+        """Run the micro-batches through all parts and take one optimizer step.
+
+        Raises what `Remote.take` raises; after an error the run cannot go on.
+        """
+        begun = time.monotonic()
+        todo = deque(micro_batches)
+        tokens = sum(len(batch.ids) for batch in todo)
+        loss_tokens = sum(len(batch.keep) for batch in todo)
+        self._loss = 0.0
+        while todo or self._flights:
+            may_start = bool(todo) and len(self._flights) < self._window
+            arrival = self._remote.take(block=not may_start)
+            if arrival is not None:
+                self._advance(arrival)
+            elif may_start:
+                self._start(todo.popleft())
+        committed = self._commit(loss_tokens)
+        rate = self._plan.rate_at(self.step_number)
+        self.step_number += 1
+        return StepReport(
+            step=self.step_number,
+            loss=self._loss / max(1, loss_tokens),
+            loss_tokens=loss_tokens,
+            tokens=tokens,
+            grad_norm=committed.grad_norm,
+            learning_rate=rate,
+            trunk_busy=committed.busy,
+            seconds=time.monotonic() - begun,
+        )
+
+    def _start(self, batch: MicroBatch) -> None:
+        with torch.set_grad_enabled(self._trains_head):
+            sent = self._noise.add(self._ends.head.run(batch.ids, batch.lengths))
+        request = Forward(run=self._run, microbatch=self._next, lengths=batch.lengths)
+        number = self._remote.submit(request, [sent], wire=self._wire)
+        self._flights[number] = _Flight(self._next, batch, sent)
+        self._next += 1
+
+    def _advance(self, arrival: Arrival) -> None:
+        flight = self._flights.pop(arrival.header.id)
+        if flight.returning:
+            if self._trains_head:
+                (gradient,) = expect(arrival, 1)
+                _check_shape(gradient, flight.sent)
+                flight.sent.backward(gradient.to(flight.sent))
+            return
+        (output,) = expect(arrival, 1)
+        _check_shape(output, flight.sent)
+        gradient = self._tail(output, flight.batch)
+        request = Backward(run=self._run, microbatch=flight.number, wants_gradient=self._trains_head)
+        flight.returning = True
+        self._flights[self._remote.submit(request, [gradient], wire=self._wire)] = flight
+
+    def _tail(self, output: Tensor, batch: MicroBatch) -> Tensor:
+        """Loss and tail backward; the gradient `[T, hidden]` of the summed loss at the trunk's output."""
+        tail = self._ends.tail
+        leaf = output.to(tail.device, tail.dtype).requires_grad_()
+        logits = tail.run(leaf, batch.lengths, keep=batch.keep.to(tail.device)).float()
+        loss = F.cross_entropy(logits, batch.targets.to(tail.device), reduction="sum")
+        loss.backward()
+        self._loss += loss.item()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def _commit(self, loss_tokens: int) -> Committed:
+        shared = self._plan.ends == "shared"
+        gradients = self._optimizer.gradients() if shared else {}
+        request = Commit(
+            run=self._run,
+            step=self.step_number,
+            loss_tokens=loss_tokens,
+            square_norm=0.0 if shared else self._optimizer.square_norm(),
+            names=tuple(gradients),
+        )
+        arrival = self._remote.call(request, list(gradients.values()), deadline=self._patience)
+        committed = arrival.header
+        if not isinstance(committed, Committed) or committed.step != self.step_number:
+            raise ProtocolError("the worker answered a commit with something else", side="worker")
+        if shared:
+            summed = expect(arrival, len(gradients))
+            self._optimizer.replace_gradients(dict(zip(gradients, summed, strict=True)))
+        self._optimizer.step(committed.step, committed.divisor, committed.clip)
+        return committed
+
+
+def _check_shape(came: Tensor, sent: Tensor) -> None:
+    if came.shape != sent.shape:
+        raise ProtocolError(f"{tuple(came.shape)} came back for {tuple(sent.shape)}", side="worker")
