@@ -1,0 +1,8 @@
+"""`trunkline bench`."""
+
+import click
+
+
+@click.group("bench")
+def bench() -> None:
+    """Measure."""
