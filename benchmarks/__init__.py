@@ -1,0 +1,1 @@
+"""One file per question, run as `trunkline bench NAME`. A benchmark reports what ran."""
