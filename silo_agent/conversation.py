@@ -26,11 +26,15 @@ class Conversation:
         self._cached: list[int] = []
 
     def say(self, text: str, max_tokens: int, on_text: Callable[[str], None]) -> str:
-        """Answer one turn of at most `max_tokens` tokens. Raises `LimitError` when the row is full."""
-        self._messages.append({"role": "user", "content": text})
-        prompt = prompt_ids(self._tokenizer, self._messages, answer_next=True)
+        """Answer one turn with at most `max_tokens` tokens.
+
+        Raises `LimitError` when the row is full; the turn is then no part of the conversation.
+        """
+        turn = {"role": "user", "content": text}
+        prompt = prompt_ids(self._tokenizer, [*self._messages, turn], answer_next=True)
         # The last token of the prompt is always run: its logits choose the first word.
         known = min(_common(self._cached, prompt), len(prompt) - 1)
+        self._cached = prompt[:known]
         (answer,) = generate(
             self._session,
             self._tokenizer,
@@ -42,7 +46,7 @@ class Conversation:
             starts=[known],
         )
         self._cached = [*prompt, *answer.tokens[:-1]]
-        self._messages.append({"role": "assistant", "content": answer.text})
+        self._messages += [turn, {"role": "assistant", "content": answer.text}]
         return answer.text
 
 

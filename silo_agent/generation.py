@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from codec.errors import DataError
 from silo_agent.sampling import Sampler, Sampling
 from silo_agent.session import Session
 
@@ -30,10 +31,14 @@ class _Text:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self._part: list[int] = []
 
     def push(self, token: int) -> tuple[str, bool]:
         """The text that is now certain, and whether a stop string ended it."""
-        self._held += self._stream.step(self._backend, token) or ""
+        self._part.append(token)
+        if text := self._stream.step(self._backend, token):
+            self._held += text
+            self._part.clear()
         found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if found:
             return self._held[: min(found)], True
@@ -42,8 +47,8 @@ class _Text:
         return ready, False
 
     def rest(self) -> str:
-        """What was held back, once no more tokens come."""
-        return self._held
+        """What was held back, once no more tokens come; a character left incomplete becomes �."""
+        return self._held + str(self._backend.decode(self._part, skip_special_tokens=True))
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -66,8 +71,8 @@ def generate(
     """Continue each prompt (token ids) in its row of `session` by up to `max_tokens` tokens.
 
     `ends` are the model's end-of-text tokens; they are part of `tokens`, not of `text`. With
-    `starts`, row i already holds the first `starts[i]` tokens of its prompt. Raises `LimitError` if
-    a row outgrows the session.
+    `starts`, row i already holds the first `starts[i]` tokens of its prompt. Raises `DataError` for
+    a prompt without a token to run and `LimitError` if a row outgrows the session.
     """
     sampler = Sampler(sampling or Sampling())
     answers = [Continuation() for _ in prompts]
@@ -76,6 +81,8 @@ def generate(
     active = list(range(len(prompts)))
     begins = list(starts) if starts is not None else [0] * len(prompts)
     fresh: list[list[int]] = [list(prompt[begin:]) for prompt, begin in zip(prompts, begins, strict=True)]
+    if not all(fresh):
+        raise DataError("an empty prompt: there is nothing to continue")
     for _ in range(max_tokens):
         logits = session.extend(active, fresh, starts=begins)
         chosen = sampler.choose([histories[row] for row in active], logits)

@@ -48,7 +48,12 @@ def pack_examples(examples: Sequence[Example]) -> MicroBatch:
 
 
 def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[MicroBatch]:
-    """Micro-batches of `size` examples for ever, shuffled anew each time the data is used up."""
+    """Micro-batches of `size` examples for ever, shuffled anew each time the data is used up.
+
+    Raises `DataError` if there is no example.
+    """
+    if not examples:
+        raise DataError("there is no example to learn from")
     shuffle = random.Random(seed)
     waiting: list[Example] = []
     while True:

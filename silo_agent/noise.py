@@ -8,6 +8,7 @@ import os
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,17 +48,20 @@ class Noise:
     """The noise source of one silo process.
 
     The boundary's standard deviation is measured over everything noised so far, so that a single
-    decoded token gets the same noise as the prompt before it. The generator is seeded by the
-    operating system; `seed` is for tests, repeats the noise, and warns.
+    decoded token gets the same noise as the prompt before it. The noise is made of the operating
+    system's random bytes; `seed` is for tests, repeats the noise, and warns.
     """
 
     def __init__(self, scale: NoiseScale, *, seed: int | None = None, device: str = "cpu") -> None:
-        if seed is None:
-            seed = int.from_bytes(os.urandom(8), "little", signed=True)
-        elif scale != NoiseScale():
-            warnings.warn("a fixed noise seed: whoever knows it can remove the noise", stacklevel=2)
+        """`device` is where a seeded generator lives. Raises `UsageError` for a seed over 64 bits."""
         self._scale = scale
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator: torch.Generator | None = None
+        if seed is not None:
+            if scale != NoiseScale():
+                warnings.warn("a fixed noise seed: whoever knows it can remove the noise", stacklevel=2)
+            if not -(2**63) <= seed < 2**63:
+                raise UsageError(f"{seed} is not a 64-bit seed")
+            self._generator = torch.Generator(device).manual_seed(seed)
         self._count, self._mean, self._square = 0, 0.0, 0.0
 
     @property
@@ -70,10 +74,12 @@ class Noise:
         if self.off:
             return hidden
         sigma = self._scale.sigma(self._observe(hidden.detach()) if self._scale.relative else 0.0)
-        noise = torch.randn(
-            hidden.shape, generator=self._generator, device=hidden.device, dtype=torch.float32
-        )
-        return hidden + (noise * sigma).to(hidden.dtype)
+        return hidden + (self._normal(hidden) * sigma).to(hidden.dtype)
+
+    def _normal(self, like: Tensor) -> Tensor:
+        if self._generator is None:
+            return system_normal(like.shape, like.device)
+        return torch.randn(like.shape, generator=self._generator, device=like.device, dtype=torch.float32)
 
     def _observe(self, hidden: Tensor) -> float:
         """Merge this tensor into the running moments (Chan et al.); the standard deviation so far."""
@@ -85,3 +91,19 @@ class Noise:
         self._mean += delta * count / total
         self._count = total
         return math.sqrt(self._square / total)
+
+
+def system_normal(shape: torch.Size, device: torch.device) -> Tensor:
+    """Standard normal values, fp32, from the operating system's random bytes (Box and Muller).
+
+    No torch generator will do: the CPU's Mersenne twister uses 32 bits of its seed, and every chat
+    template begins with tokens whose hidden states the server can compute. It would see their noise
+    bare, try 2**32 seeds, and take off all the noise of the process.
+    """
+    pairs = (shape.numel() + 1) // 2
+    drawn = np.frombuffer(bytearray(os.urandom(8 * pairs)), dtype=np.int32).reshape(2, pairs)
+    # Uniform in (0, 1), never 0 or 1: 32 bits, so the normal values reach out to 6.7.
+    uniform = torch.from_numpy(drawn).to(device).double().mul_(2.0**-32).add_(0.5 + 2.0**-33)
+    radius, angle = uniform[0].log_().mul_(-2).sqrt_(), uniform[1].mul_(2 * math.pi)
+    both = torch.cat((radius * angle.cos(), radius * angle.sin()))
+    return both[: shape.numel()].reshape(shape).float()

@@ -7,22 +7,24 @@ from typing import Any
 
 import click
 
-from codec.errors import UsageError
+from codec.errors import DataError, UsageError
 from silo_agent.display import ask, progress_bar, show_answers, stream
 from silo_agent.options import SiloOptions, load_saved, open_silo, silo_options
 from silo_agent.report import write_report
 
 _FILE = click.Path(path_type=Path)
+_LINES = click.File(encoding="utf-8")
+_COUNT = click.IntRange(min=1)
 
 
 @click.command("generate")
 @silo_options
 @click.option("--prompt", "prompts", multiple=True, help="May be given several times: one batch.")
-@click.option("--prompts", "file", type=click.File(), help="One prompt a line; - is standard input.")
+@click.option("--prompts", "file", type=_LINES, help="One prompt a line; - is standard input.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option("--system", help="System message before each prompt.")
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use, as `silo train` writes it.")
-@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-tokens", default=128, show_default=True, type=_COUNT)
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="0: all tokens.")
 @click.option("--top-p", default=1.0, show_default=True)
@@ -40,13 +42,17 @@ def generate_command(options: SiloOptions, **given: Any) -> None:
       trunkline silo generate --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
           --adapter north --noise 0.05 --prompts questions.txt --json answers.json
     """
-    from silo_agent.data import prompt_ids
+    try:
+        texts = [*given["prompts"], *(line.rstrip("\n") for line in given["file"] or () if line.strip())]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{given['file'].name} is not UTF-8 text: {error.reason}") from None
+    if not texts:
+        raise UsageError("nothing to answer", hint="Give --prompt TEXT or --prompts FILE.")
+
+    from silo_agent.data import prompt_ids, text_ids
     from silo_agent.generation import generate
     from silo_agent.sampling import Sampling
 
-    texts = [*given["prompts"], *(line.rstrip("\n") for line in given["file"] or () if line.strip())]
-    if not texts:
-        raise UsageError("nothing to answer", hint="Give --prompt TEXT or --prompts FILE.")
     sampling = Sampling(
         given["temperature"], given["top_k"], given["top_p"], given["repetition_penalty"], given["seed"]
     )
@@ -54,7 +60,7 @@ def generate_command(options: SiloOptions, **given: Any) -> None:
     with open_silo(options) as silo:
         system = [{"role": "system", "content": given["system"]}] if given["system"] else []
         prompts = [
-            silo.tokenizer(text)["input_ids"]
+            text_ids(silo.tokenizer, text)
             if given["raw"]
             else prompt_ids(silo.tokenizer, [*system, {"role": "user", "content": text}], answer_next=True)
             for text in texts
@@ -90,8 +96,10 @@ def generate_command(options: SiloOptions, **given: Any) -> None:
 @silo_options
 @click.option("--system", help="System message of the conversation.")
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
-@click.option("--max-tokens", default=512, show_default=True, help="Longest answer.")
-@click.option("--context", default=4096, show_default=True, help="Longest conversation, in tokens.")
+@click.option("--max-tokens", default=512, show_default=True, type=_COUNT, help="Longest answer.")
+@click.option(
+    "--context", default=4096, show_default=True, type=_COUNT, help="Longest conversation, in tokens."
+)
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True)
 def chat(options: SiloOptions, **given: Any) -> None:
@@ -118,8 +126,8 @@ def chat(options: SiloOptions, **given: Any) -> None:
 @click.option("--task", type=click.Choice(["chat"]), default="chat", show_default=True)
 @click.option("--data", type=_FILE, required=True, help="JSONL, one conversation a line.")
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
-@click.option("--batch", default=4, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-length", default=1024, show_default=True)
+@click.option("--batch", default=4, show_default=True, type=_COUNT)
+@click.option("--max-length", default=1024, show_default=True, type=_COUNT)
 @click.option("--json", "json_path", type=_FILE, help="Write the scores here.")
 def evaluate_command(options: SiloOptions, **given: Any) -> None:
     """Loss, perplexity and token accuracy on the answers in a data file.

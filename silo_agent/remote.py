@@ -3,6 +3,7 @@
 Requests are numbered; answers may come in any order. Used from one thread.
 """
 
+import contextlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from broker.link import Link
 from broker.parcel import Parcel
-from codec.errors import DeadlineError, ProtocolError, UnavailableError, from_code
+from codec.errors import (
+    DeadlineError,
+    FrameError,
+    ProtocolError,
+    TrunklineError,
+    UnavailableError,
+    from_code,
+)
+from codec.frames import check_specs
 from codec.messages import Answer, Attach, Error, OpenRun, OpenSession, Request, Wire
 from codec.tensors import decode_tensors, encode_tensors
 
@@ -75,12 +84,19 @@ class Remote:
     ) -> int:
         """Send a request and return its number; nothing is awaited.
 
-        Raises `FrameError` if a tensor cannot cross and the link's error if that has failed.
+        Raises `FrameError` if a tensor cannot cross or is too large, and the link's error if that
+        has failed.
         """
         number = next(self._ids)
         kind = str(type(request).__struct_config__.tag)
         specs, frames = encode_tensors(tensors, wire, kind) if tensors else ((), [])
         parcel = Parcel.of(msgspec.structs.replace(request, id=number, tensors=specs), frames)
+        try:
+            # A broker drops the connection of who sends more than this.
+            check_specs(specs, [memoryview(frame).nbytes for frame in frames])
+        except FrameError as error:
+            hint = "Send fewer tokens at once: lower --batch or --max-length."
+            raise FrameError(f"{kind}: {error.what}", hint=hint) from None
         self.traffic.count(f"{kind} up", parcel.size, _tokens(tensors))
         self._waiting[number] = _Waiting(kind, time.monotonic() + (deadline or self._deadline))
         self._link.send(parcel)
@@ -92,6 +108,11 @@ class Remote:
         Raises the error a worker or broker answered with, `DeadlineError` for a request whose time
         is up, and the link's error.
         """
+        if self._early:
+            return self._early.pop(next(iter(self._early)))
+        return self._next(block)
+
+    def _next(self, block: bool) -> Arrival | None:
         while True:
             due = min((w.due for w in self._waiting.values()), default=time.monotonic())
             parcel = self._link.receive(max(0.0, due - time.monotonic()) if block else 0.0)
@@ -111,13 +132,22 @@ class Remote:
         wire: Wire = "exact",
         deadline: float | None = None,
     ) -> Arrival:
-        """Send a request and wait for its answer. Raises as `take` does."""
+        """Send a request and wait for its answer; others that come first are kept for `take`.
+
+        Raises as `take` does.
+        """
         number = self.submit(request, tensors, wire=wire, deadline=deadline)
         while True:
-            arrival = self.take()
+            arrival = self._next(block=True)
             assert arrival is not None
             if arrival.header.id == number:
                 return arrival
+            self._early[arrival.header.id] = arrival
+
+    def tell(self, request: Request) -> None:
+        """Send a request whose answer nobody awaits: not even that it failed is heard of."""
+        with contextlib.suppress(TrunklineError):
+            del self._waiting[self.submit(request)]
 
     def open(self, request: OpenSession | OpenRun, tensors: Sequence[Tensor], *, wait: float) -> Arrival:
         """Open a session or run, asking again for `wait` seconds while no worker is attached."""

@@ -1,5 +1,6 @@
 """Choosing the next token, with transformers' own logits processors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UsageError("sampling needs temperature >= 0, top-k >= 0 and 0 < top-p <= 1")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise UsageError("a repetition penalty is greater than 0; 1 is none")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"{self.seed} is not a 64-bit seed")
 
 
 class Sampler:
@@ -43,14 +46,14 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._greedy = sampling.temperature == 0
         self._penalty = (
-            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+            RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))
             if sampling.repetition_penalty != 1
             else None
         )
         self._warpers = LogitsProcessorList()
         if not self._greedy:
             if sampling.temperature != 1:
-                self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+                self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.top_k:
                 self._warpers.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:

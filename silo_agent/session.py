@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from codec.errors import LimitError
+from codec.limits import MAX_ROWS, MAX_TOKENS
 from codec.messages import CloseSession, Extend, OpenSession, Wire
 from codec.plan import LoraPlan
 from silo_agent.ends import Ends
@@ -35,8 +37,14 @@ class Session:
     ) -> None:
         """Open it with room for `capacity` tokens a row; `adapter` is the trunk's, by global name.
 
-        Waits up to `wait` seconds for a worker. Raises what `Remote.open` raises.
+        Waits up to `wait` seconds for a worker. Raises `LimitError` for more rows or tokens than a
+        session may have, and what `Remote.open` raises.
         """
+        if not (1 <= rows <= MAX_ROWS and 1 <= capacity <= MAX_TOKENS):
+            raise LimitError(
+                f"a session has 1 to {MAX_ROWS} rows of 1 to {MAX_TOKENS} tokens, not {rows} of {capacity}",
+                side="silo",
+            )
         self._ends, self._remote, self._noise, self._wire = ends, remote, noise, wire
         self._name = secrets.token_hex(8)
         self.capacity = capacity
@@ -60,7 +68,8 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._remote.call(CloseSession(session=self._name))
+        # Not awaited: after an error the worker may be gone, and this must not hide the error.
+        self._remote.tell(CloseSession(session=self._name))
 
     @torch.no_grad()
     def extend(
@@ -73,11 +82,14 @@ class Session:
     ) -> Tensor:
         """Add `tokens[i]` to row `rows[i]`, at `starts[i]` if given (earlier tokens from there are
         forgotten), and return logits: of each row's last token `[rows, vocabulary]`, or of the
-        packed positions `keep`.
+        packed positions `keep`. After an error it may be called again.
+
+        Raises `LimitError` if a row is full, and what `Remote.call` raises.
         """
         lengths = tuple(len(part) for part in tokens)
         head, tail = [self._head[row] for row in rows], [self._tail[row] for row in rows]
-        begins = tuple(starts) if starts is not None else tuple(cache.length for cache in head)
+        # The tail comes last: what it holds went through all three parts.
+        begins = tuple(starts) if starts is not None else tuple(cache.length for cache in tail)
         for caches in (head, tail):
             for cache, start, length in zip(caches, begins, lengths, strict=True):
                 cache.rewind(start)

@@ -81,10 +81,12 @@ def train_command(options: SiloOptions, **given: Any) -> None:
       trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
           --run clinics --silos 2 --noise 0.05 --data north.jsonl --out north
     """
+    from silo_agent.adapters import check_place, write_adapter
     from silo_agent.data import chat_examples
-    from silo_agent.training import TrainSettings, save, train
+    from silo_agent.training import TrainSettings, train
     from workers.families import lora_targets
 
+    check_place(given["out"])
     resume = load_saved(given["resume"])
     with open_silo(options) as silo:
         examples = chat_examples(
@@ -117,7 +119,7 @@ def train_command(options: SiloOptions, **given: Any) -> None:
                 show(report)
 
             tensors = train(silo, plan, settings, examples, resume, on_step)
-        save(given["out"], plan, tensors, options.model)
+        write_adapter(given["out"], plan.lora, tensors, options.model)
         results = {
             "steps": [dataclasses.asdict(report) for report in reports],
             "loss_first": reports[0].loss if reports else None,

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from codec.errors import ProtocolError
 from codec.messages import Adapter, CloseRun, GetAdapter, Opened, OpenRun
 from codec.plan import RunPlan
-from silo_agent.adapters import SavedAdapter, write_adapter
+from silo_agent.adapters import SavedAdapter
 from silo_agent.microbatch import Example, batches
 from silo_agent.options import Silo
 from silo_agent.trainer import StepReport, Trainer
@@ -76,8 +75,3 @@ def train(
     received = dict(zip(arrival.header.names, arrival.tensors, strict=True))
     remote.call(CloseRun(run=settings.run))
     return {**ends.adapter(), **received}
-
-
-def save(directory: Path, plan: RunPlan, tensors: dict[str, Tensor], base: str) -> None:
-    """Write the merged adapter in PEFT's format. Raises `SaveError`."""
-    write_adapter(directory, plan.lora, tensors, base)

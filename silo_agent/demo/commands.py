@@ -33,6 +33,11 @@ _BOUNDARIES = {
 }
 
 
+def data_file(clinic: str) -> Path:
+    """A clinic's examples, as the project ships them."""
+    return _HERE / f"{clinic}_clinic.jsonl"
+
+
 @click.command("demo")
 @click.option("--model", default="smollm2-135m", show_default=True, help="tiny needs no download.")
 @click.option("--head", default=2, show_default=True, metavar="P", help="Blocks each silo keeps in front.")
@@ -64,9 +69,11 @@ def demo(
         console.print(f"broker at {broker}, one worker, silos: {', '.join(CLINICS)}")
         reports = _train(processes, worker, shared, steps, out)
         answers = _ask(processes, worker, shared, out)
-    _show(console, reports, answers, out)
+    _show(console, reports, answers)
     seconds = time.monotonic() - begun
-    console.print(f"\nDone in {seconds:.0f} s. Each clinic's adapter, for plain PEFT: {out}/north, {out}/south")
+    console.print(
+        f"\nDone in {seconds:.0f} s. Each clinic's adapter, for plain PEFT: {out}/north, {out}/south"
+    )
     settings = {"model": model, "head": head, "tail": tail, "steps": steps, "noise": noise}
     results = {"silos": reports, "answers": answers, "seconds": seconds}
     write_report(json_path, "demo", settings, results)
@@ -82,7 +89,7 @@ def _train(
         for clinic in CLINICS:
             task = progress.add_task(clinic, total=steps, facts="loading")
             options = [f"--name={clinic}", "--run=clinics", "--silos=2", f"--steps={steps}", "--warmup=2"]
-            options += ["--lr=0.002", f"--data={_HERE / clinic}_clinic.jsonl", f"--out={out / clinic}"]
+            options += ["--lr=0.002", f"--data={data_file(clinic)}", f"--out={out / clinic}"]
             options += ["--progress=jsonl", f"--json={files[clinic]}"]
             show = partial(_show_step, progress, task)
             silos.append(processes.start(clinic, "silo", "train", *shared, *options, on_line=show))
@@ -121,9 +128,7 @@ def _wait(silos: list[Process], worker: Process) -> None:
         silo.wait(_DEADLINE_S)
 
 
-def _show(
-    console: Console, reports: dict[str, dict[str, Any]], answers: dict[str, dict[str, Any]], out: Path
-) -> None:
+def _show(console: Console, reports: dict[str, dict[str, Any]], answers: dict[str, dict[str, Any]]) -> None:
     table = Table(title="What crossed the wire while training", title_justify="left")
     table.add_column("boundary")
     for clinic in CLINICS:

@@ -1,0 +1,142 @@
+"""The commands from end to end, over real sockets, against what the whole model says."""
+
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from broker.link import ZmqLink
+from broker.router import Router
+from broker.server import Server
+from codec.messages import Attach
+from codec.partition import Span as Blocks
+from silo_agent.commands import silo
+from silo_agent.data import chat_examples, prompt_ids
+from workers.serve import serve
+from workers.service import TrunkService
+from workers.span import Span
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def endpoint(tiny: Any) -> Iterator[str]:
+    """A broker and a worker, as threads, on a free port."""
+    stop = threading.Event()
+    server = Server("tcp://127.0.0.1:0", Router())
+    card = tiny.checkpoint.card(range(6))
+    attach = Attach(role="worker", name="pool", peer=secrets.token_bytes(16), model=card, stop=6)
+    link = ZmqLink(server.endpoint, attach)
+    service = TrunkService(Span(tiny.checkpoint, Blocks(0, 6)), card, 1 << 26)
+    work = [
+        threading.Thread(target=server.serve, args=(stop,), daemon=True),
+        threading.Thread(target=serve, args=(link, service, stop), daemon=True),
+    ]
+    for thread in work:
+        thread.start()
+    yield server.endpoint
+    stop.set()
+    work[1].join(10)
+    link.close()
+    work[0].join(10)
+
+
+@pytest.fixture
+def run(endpoint: str, tiny: Any) -> Iterator[Run]:
+    """Run a silo's command; it must not fail. The commands' logging is undone afterwards."""
+    log = logging.getLogger("trunkline")
+    before = log.handlers[:], log.level, log.propagate
+
+    def call(name: str, *arguments: object, text: str = "") -> Result:
+        shared = ["--broker", endpoint, "--model", str(tiny.path), "--device", "cpu", "--wait", "20"]
+        words = [name, *shared, *map(str, arguments)]
+        result = CliRunner().invoke(silo, words, input=text, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result
+
+    yield call
+    log.handlers[:], log.level, log.propagate = before
+
+
+def whole_answer(tiny: Any, text: str, tokens: int) -> str:
+    prompt = prompt_ids(tiny.tokenizer, [{"role": "user", "content": text}], answer_next=True)
+    return str(tiny.tokenizer.decode(tiny.greedy(prompt, tokens), skip_special_tokens=True))
+
+
+def test_generate_streams_the_whole_models_answer(run: Run, tiny: Any, tmp_path: Path) -> None:
+    done = run("generate", "--prompt", "Who is it?", "--max-tokens", 12, "--json", tmp_path / "r.json")
+    expected = whole_answer(tiny, "Who is it?", 12)
+    assert done.stdout == f"{expected}\n"
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["bench"] == "silo-generate"
+    (answer,) = report["results"]["answers"]
+    assert (answer["prompt"], answer["text"]) == ("Who is it?", expected)
+    assert report["results"]["tokens_per_s"] > 0
+    assert report["results"]["traffic"]["bytes"]["extend up"] > 0
+
+
+def test_generate_answers_a_batch_from_options_and_a_file(run: Run, tiny: Any) -> None:
+    lines = ["Why?", "", "And when\tthen?"]
+    done = run("generate", "--prompt", "Who?", "--prompts", "-", "--max-tokens", 8, text="\n".join(lines))
+    texts = ["Who?", "Why?", "And when\tthen?"]
+    assert done.stdout == "".join(f"> {text}\n{whole_answer(tiny, text, 8)}\n\n" for text in texts)
+
+
+def test_generate_continues_raw_text_up_to_a_stop_string(run: Run, tiny: Any) -> None:
+    full = tiny.tokenizer.decode(tiny.greedy(tiny.ids("hello"), 20), skip_special_tokens=True)
+    stop = full[9:12]
+    done = run("generate", "--raw", "--prompt", "hello", "--max-tokens", 20, "--stop", stop)
+    assert done.stdout == full[: full.index(stop)] + "\n"
+
+
+def test_chat_goes_on_until_an_empty_line(run: Run, tiny: Any) -> None:
+    done = run("chat", "--max-tokens", 6, "--context", 200, text="Who is it?\nWhy?\n\nnever read\n")
+    first = whole_answer(tiny, "Who is it?", 6)
+    turns = [("user", "Who is it?"), ("assistant", first), ("user", "Why?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    prompt = prompt_ids(tiny.tokenizer, messages, answer_next=True)
+    second = tiny.tokenizer.decode(tiny.greedy(prompt, 6), skip_special_tokens=True)
+    assert done.stdout == f"> {first}\n> {second}\n> "
+
+
+def test_train_then_generate_and_evaluate_with_the_adapter(
+    run: Run, tiny: Any, tmp_path: Path, clinics: list[Path]
+) -> None:
+    data = tmp_path / "few.jsonl"
+    data.write_text("".join(clinics[0].read_text().splitlines(keepends=True)[:4]))
+    out, report = tmp_path / "adapter", tmp_path / "r.json"
+    steps = ["--steps", 4, "--batch", 2, "--accumulate", 2, "--lr", 0.02, "--max-length", 150]
+    done = run(
+        "train",
+        "--data",
+        data,
+        "--out",
+        out,
+        *steps,
+        "--progress",
+        "jsonl",
+        "--noise",
+        0.01,
+        "--json",
+        report,
+    )
+    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [1, 2, 3, 4]
+    results = json.loads(report.read_text())["results"]
+    assert results["loss_last"] < results["loss_first"] - 0.5
+    scores = {}
+    for name, options in {"base": [], "tuned": ["--adapter", out]}.items():
+        done = run("eval", "--data", data, "--max-length", 150, "--json", report, *options)
+        scores[name] = json.loads(report.read_text())["results"]
+        assert f"loss {scores[name]['loss']:.4f}" in done.stdout
+    learned = sum(sum(e.answer[1:]) for e in chat_examples(data, tiny.tokenizer, max_tokens=150))
+    assert scores["base"]["tokens"] == scores["tuned"]["tokens"] == learned
+    assert scores["base"]["loss"] == pytest.approx(results["loss_first"], abs=0.3)
+    assert scores["tuned"]["loss"] < scores["base"]["loss"] - 0.5
+    done = run("generate", "--prompt", "Who is it?", "--max-tokens", 6, "--adapter", out)
+    assert done.stdout != whole_answer(tiny, "Who is it?", 6) + "\n"
