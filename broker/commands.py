@@ -2,7 +2,6 @@
 
 import click
 
-from broker.endpoint import check_endpoint
 from broker.metrics import serve_metrics
 from broker.router import Limits, Router
 from broker.server import Server
@@ -18,7 +17,7 @@ from codec import logs
     metavar="URL",
     help="Where silos and workers attach; port 0 takes a free one.",
 )
-@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics here.")
+@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there; port 0 too.")
 @click.option(
     "--silence",
     type=click.FloatRange(min=2.0),
@@ -35,10 +34,12 @@ def broker(listen: str, metrics: str | None, silence: float) -> None:
       trunkline broker --listen tcp://127.0.0.1:0 --metrics 127.0.0.1:9100
     """
     logs.configure()
-    check_endpoint(listen)
     server = Server(listen, Router(Limits(silence=silence)))
-    if metrics:
-        serve_metrics(metrics, server)
-    stop = stop_on_signals()
-    click.echo(f"listening on {server.endpoint}")
-    server.serve(stop)
+    try:
+        if metrics:
+            click.echo(f"metrics at {serve_metrics(metrics, server)}")
+        stop = stop_on_signals()
+        click.echo(f"listening on {server.endpoint}")
+        server.serve(stop)
+    finally:
+        server.close()

@@ -7,21 +7,32 @@ from codec.errors import UsageError
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-def check_endpoint(endpoint: str) -> None:
+def check_endpoint(endpoint: str, *, free_port: bool = False) -> None:
     """Refuse what is not `tcp://host:port`, and any host beyond loopback: it would be open to all.
 
-    Raises `UsageError`.
+    Port 0, any free one, is for listening: `free_port`. Raises `UsageError`.
     """
-    parts = urlsplit(endpoint)
     try:
-        port = parts.port
+        parts = urlsplit(endpoint)
+        port, host = parts.port, parts.hostname or ""
     except ValueError:
-        port = None
-    if parts.scheme != "tcp" or not parts.hostname or port is None:
-        raise UsageError(f"{endpoint!r} is not an endpoint", hint="Write it as tcp://127.0.0.1:7555.")
-    if parts.hostname not in _LOOPBACK:
+        raise _malformed(endpoint) from None
+    if port is None or not host or endpoint.lower() != f"tcp://{parts.netloc.lower()}" or parts.username:
+        raise _malformed(endpoint)
+    if port == 0 and not free_port:
+        raise UsageError(f"{endpoint} names no port", hint="Give the port that the broker listens on.")
+    if host not in _LOOPBACK:
         raise UsageError(
             f"{endpoint} is beyond loopback, and this version has no keys to tell friend from stranger",
             side="broker",
             hint="Listen on 127.0.0.1 and reach it through an authenticated tunnel (ssh -L, WireGuard).",
         )
+
+
+def is_ipv6(endpoint: str) -> bool:
+    """Whether ZeroMQ must be told to use IPv6 for this endpoint."""
+    return "[" in endpoint
+
+
+def _malformed(endpoint: str) -> UsageError:
+    return UsageError(f"{endpoint!r} is not an endpoint", hint="Write it as tcp://127.0.0.1:7555.")

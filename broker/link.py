@@ -4,8 +4,8 @@ The owner's thread computes; the link's thread moves frames, beats and re-attach
 """
 
 import contextlib
-import os
 import queue
+import socket as sockets
 import threading
 import time
 from collections import deque
@@ -13,20 +13,28 @@ from typing import Protocol
 
 import zmq
 
-from broker.endpoint import check_endpoint
+from broker.endpoint import check_endpoint, is_ipv6
 from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
 from broker.parcel import Parcel
-from codec.errors import ProtocolError, TrunklineError
+from codec.errors import FrameError, LinkError, ProtocolError, TrunklineError
 from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
-from codec.messages import Attach, Leave
+from codec.messages import Attach, Error, Leave
+
+_GOODBYE_S = 0.5
+_BURST = 256
+"""Messages read before the link beats and sends again."""
 
 
 class Link(Protocol):
     """A connection to a broker. `send` and `receive` may be called from different threads."""
 
     def send(self, parcel: Parcel) -> None:
-        """Queue a message. Order is kept. Raises the link's error once it has failed."""
+        """Queue a message. Order is kept.
+
+        Raises `FrameError` for a tensor frame that is too large, and the link's error once it has
+        failed or was closed.
+        """
 
     def receive(self, timeout: float) -> Parcel | None:
         """The next message, or None after `timeout` seconds. Raises the link's error if it failed."""
@@ -47,8 +55,12 @@ class ZmqLink:
         self._outbox: deque[Parcel] = deque()
         self._failure: TrunklineError | None = None
         self._closing = threading.Event()
-        self._bell_out, self._bell_in = os.pipe()
-        os.set_blocking(self._bell_in, False)
+        self._until = 0.0
+        self._blocked = False
+        # A socket object, not a bare pipe: a late `send` finds it closed, and not another's file.
+        self._bell, self._button = sockets.socketpair()
+        self._bell.setblocking(False)
+        self._button.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._thread.start()
 
@@ -56,13 +68,17 @@ class ZmqLink:
         """See `Link.send`."""
         if self._failure is not None:
             raise self._failure
+        if self._closing.is_set():
+            raise LinkError("the link to the broker is closed", side="silo")
+        _check_frames(parcel)
         self._outbox.append(parcel)
         self._ring()
 
     def receive(self, timeout: float) -> Parcel | None:
         """See `Link.receive`."""
+        wait = max(0.0, timeout) if self._failure is None else 0.0
         try:
-            item = self._inbox.get(timeout=max(0.0, timeout))
+            item = self._inbox.get(timeout=wait)
         except queue.Empty:
             if self._failure is not None:
                 raise self._failure from None
@@ -73,52 +89,67 @@ class ZmqLink:
 
     def close(self) -> None:
         """See `Link.close`."""
-        if not self._closing.is_set():
-            self._closing.set()
-            self._ring()
-            self._thread.join(2.0)
-            os.close(self._bell_in)
+        self._closing.set()
+        self._ring()
+        self._thread.join(2.0)
+        self._button.close()
 
     def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # The pipe is full of rings already, or the thread is gone.
-            os.write(self._bell_in, b"!")
+        with contextlib.suppress(OSError):  # It rings already, or the thread is gone.
+            self._button.send(b"!")
 
     def _run(self) -> None:
-        socket: zmq.Socket[bytes]
-        with zmq.Context.instance().socket(zmq.DEALER) as socket:
-            socket.setsockopt(zmq.LINGER, 500)
-            socket.setsockopt(zmq.IMMEDIATE, 1)  # Nothing is queued for a broker that is not there.
-            socket.setsockopt(zmq.RECONNECT_IVL, 50)
-            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-            socket.connect(self._endpoint)
+        context: zmq.Context[zmq.Socket[bytes]]
+        with self._bell, zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             try:
+                socket.setsockopt(zmq.LINGER, int(_GOODBYE_S * 1000))
+                socket.setsockopt(zmq.IMMEDIATE, 1)  # Nothing is queued for a broker that is not there.
+                socket.setsockopt(zmq.IPV6, is_ipv6(self._endpoint))
+                socket.setsockopt(zmq.RECONNECT_IVL, 50)
+                socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+                socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+                socket.connect(self._endpoint)
                 self._loop(socket)
             except Exception as error:  # The owner must hear of it: it would wait for ever.
                 Log("link").failed("the link broke")
                 self._fail(TrunklineError(f"the link broke: {error}"))
-            finally:
-                os.close(self._bell_out)
 
     def _loop(self, socket: "zmq.Socket[bytes]") -> None:
         poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(self._bell_out, zmq.POLLIN)
+        poller.register(self._bell.fileno(), zmq.POLLIN)
         self._act(socket, self._state.tick(time.monotonic()))
-        while self._failure is None and not self._closing.is_set():
+        while self._failure is None and not self._finished(time.monotonic()):
+            # Where something could not leave, wake up as soon as it can: connected, or room again.
+            poller.register(socket, zmq.POLLIN | zmq.POLLOUT if self._blocked else zmq.POLLIN)
             ready = dict(poller.poll(100))
-            if self._bell_out in ready:
-                os.read(self._bell_out, 4096)
-            if socket in ready:
+            self._blocked = False
+            if self._bell.fileno() in ready:
+                self._bell.recv(4096)
+            if ready.get(socket, 0) & zmq.POLLIN:
                 self._drain(socket)
             self._act(socket, self._state.tick(time.monotonic()))
             self._flush(socket)
         if self._state.attached:
-            self._flush(socket)
-            self._put(socket, Parcel.of(Leave()))
+            self._leave(socket)
+
+    def _leave(self, socket: "zmq.Socket[bytes]") -> None:
+        """Say goodbye, and wait until the broker has read it and with it everything before."""
+        self._put(socket, Parcel.of(Leave()))
+        while (left := self._until - time.monotonic()) > 0 and socket.poll(int(left * 1000)):
+            with contextlib.suppress(ProtocolError):
+                header = Parcel.read(socket.recv_multipart(zmq.NOBLOCK, copy=False)).header
+                if isinstance(header, Leave) or (isinstance(header, Error) and header.id == 0):
+                    return
+
+    def _finished(self, now: float) -> bool:
+        """Whether to end: it was closed, and everything left or its time is up."""
+        if not self._closing.is_set():
+            self._until = now + _GOODBYE_S
+            return False
+        return not self._outbox or now > self._until
 
     def _drain(self, socket: "zmq.Socket[bytes]") -> None:
-        while True:
+        for _ in range(_BURST):
             try:
                 parcel = Parcel.read(socket.recv_multipart(zmq.NOBLOCK, copy=False))
             except zmq.Again:
@@ -132,13 +163,14 @@ class ZmqLink:
         while self._state.attached and self._outbox:
             if not self._put(socket, self._outbox[0]):
                 return
-            self._outbox.popleft()
+            self._state.sent(self._outbox.popleft().header)
 
     def _act(self, socket: "zmq.Socket[bytes]", actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case Transmit(header):
-                    self._put(socket, Parcel.of(header))
+                    if not self._put(socket, Parcel.of(header)):
+                        self._state.unsent()
                 case Deliver(parcel):
                     self._inbox.put(parcel)
                 case Fail(error):
@@ -152,5 +184,16 @@ class ZmqLink:
         try:
             socket.send_multipart(parcel.frames(), zmq.NOBLOCK, copy=False)
         except zmq.Again:
+            self._blocked = True
             return False
         return True
+
+
+def _check_frames(parcel: Parcel) -> None:
+    # ZeroMQ would end the connection that a larger frame comes on.
+    largest = max((len(frame) for frame in parcel.tensors), default=0)
+    if largest > MAX_FRAME_BYTES:
+        raise FrameError(
+            f"a tensor frame of {largest} bytes, {MAX_FRAME_BYTES} are allowed",
+            hint="Use smaller micro-batches (--batch), or fewer tokens at once.",
+        )

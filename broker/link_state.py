@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from broker.parcel import Parcel
-from codec.errors import LinkError, TrunklineError, from_code
-from codec.messages import AnyHeader, Attach, Error, Heartbeat, Welcome
+from broker.parcel import Parcel, error_parcel
+from codec.errors import LinkError, TrunklineError, UnavailableError, from_code
+from codec.messages import AnyHeader, Attach, Error, Gone, Heartbeat, Request, Welcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class LinkState:
 
     def __init__(self, attach: Attach, endpoint: str, patience: float, now: float) -> None:
         self.attached = False
+        self._known = False
         self._attach = attach
         self._endpoint = endpoint
         self._patience = patience
@@ -46,27 +47,39 @@ class LinkState:
         self._heard = now
         self._sent = float("-inf")
         self._heartbeat = 1.0
+        self._waiting: dict[int, None] = {}
 
     def arrived(self, parcel: Parcel, now: float) -> list[Action]:
         """A message came from the broker."""
         self._heard = now
         header = parcel.header
         if isinstance(header, Welcome):
-            self.attached, self._heartbeat = True, header.heartbeat
-            return []
+            forgotten = self._known and not self.attached and not header.resumed
+            self.attached = self._known = True
+            self._heartbeat = header.heartbeat
+            return self._forgotten() if forgotten else []
         if isinstance(header, Heartbeat):
             return []
         if isinstance(header, Error) and header.id == 0:
             if header.code == LinkError.code:
-                self._lose(now)
-                return self._knock(now)
+                return self._lose(now)
             return [Fail(from_code(header.code, header.what, header.hint, header.side))]
+        self._waiting.pop(header.id, None)
         return [Deliver(parcel)]
+
+    def sent(self, header: AnyHeader) -> None:
+        """A message of the owner left."""
+        if isinstance(header, Request):
+            self._waiting[header.id] = None
+
+    def unsent(self) -> None:
+        """A `Transmit` could not leave: it is repeated at the next tick."""
+        self._sent = float("-inf")
 
     def tick(self, now: float) -> list[Action]:
         """Time passed. Call at least every `RETRY` seconds."""
-        if self.attached and now - self._heard > self.SILENCE:
-            self._lose(now)
+        if self.attached and now - self._heard > max(self.SILENCE, 3 * self._heartbeat):
+            return self._lose(now)
         if not self.attached:
             if now - self._lost_since > self._patience:
                 return [Fail(self._unreachable())]
@@ -76,13 +89,27 @@ class LinkState:
             return [Transmit(Heartbeat())]
         return []
 
-    def _lose(self, now: float) -> None:
-        if self.attached:
-            self.attached, self._lost_since = False, now
+    def _lose(self, now: float) -> list[Action]:
+        if not self.attached:
+            return []  # The broker says it once per message; one attach is on its way already.
+        self.attached, self._lost_since = False, now
+        return self._knock(now)
 
     def _knock(self, now: float) -> list[Action]:
         self._sent = now
         return [Transmit(self._attach)]
+
+    def _forgotten(self) -> list[Action]:
+        """The broker knows nothing of this peer: no answer will come, and no silo's names are left."""
+        error = UnavailableError(
+            "the broker was restarted, or heard nothing from here for too long: the answer is lost",
+            side="broker",
+            hint="Repeat the command.",
+        )
+        lost = [Deliver(error_parcel(number, error)) for number in self._waiting]
+        self._waiting.clear()
+        everyone = Deliver(Parcel.of(Gone(name="every silo")))
+        return [*lost, everyone] if self._attach.role == "worker" else [*lost]
 
     def _unreachable(self) -> LinkError:
         return LinkError(

@@ -7,7 +7,7 @@ import time
 
 from broker.parcel import Parcel
 from broker.router import Router, Send
-from codec.errors import TrunklineError, from_code
+from codec.errors import LinkError, TrunklineError, from_code
 from codec.messages import Attach, Error, Heartbeat, Leave, Welcome
 
 
@@ -37,6 +37,11 @@ class MemoryBroker:
             for send in self.router.handle(route, parcel, now):
                 self._deliver(send)
 
+    def drop(self, route: bytes) -> None:
+        """The link of `route` is closed: the router hears a goodbye."""
+        self.route(route, Parcel.of(Leave()))
+        self._inboxes.pop(route, None)
+
     def _deliver(self, send: Send) -> None:
         self.passed.append(send.parcel)
         if inbox := self._inboxes.get(send.route):
@@ -49,9 +54,12 @@ class MemoryLink:
 
     def __init__(self, broker: MemoryBroker, route: bytes, inbox: "queue.SimpleQueue[Parcel]") -> None:
         self._broker, self._route, self._inbox = broker, route, inbox
+        self._closed = False
 
     def send(self, parcel: Parcel) -> None:
         """See `broker.link.Link.send`."""
+        if self._closed:
+            raise LinkError("the link to the broker is closed", side="silo")
         self._broker.route(self._route, parcel)
 
     def receive(self, timeout: float) -> Parcel | None:
@@ -65,12 +73,14 @@ class MemoryLink:
             header = parcel.header
             if isinstance(header, Error) and header.id == 0:
                 raise _control_error(header)
-            if not isinstance(header, Welcome | Heartbeat):
+            if not isinstance(header, Welcome | Heartbeat | Leave):
                 return parcel
 
     def close(self) -> None:
         """See `broker.link.Link.close`."""
-        self._broker.route(self._route, Parcel.of(Leave()))
+        if not self._closed:
+            self._closed = True
+            self._broker.drop(self._route)
 
 
 def _control_error(header: Error) -> TrunklineError:

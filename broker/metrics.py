@@ -31,12 +31,17 @@ class _BrokerMetrics(Collector):
         yield peers
 
 
-def serve_metrics(address: str, server: Server) -> None:
-    """Serve `/metrics` at `HOST:PORT` on a thread. Raises `UsageError` if it cannot."""
+def serve_metrics(address: str, server: Server) -> str:
+    """Serve `/metrics` at `HOST:PORT` on a thread; its URL. Raises `UsageError` if it cannot."""
     host, _, port = address.rpartition(":")
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_BrokerMetrics(server))
     try:
-        start_http_server(int(port), addr=host or "127.0.0.1", registry=registry)
+        httpd, _ = start_http_server(int(port), addr=host or "127.0.0.1", registry=registry)
     except (OSError, ValueError, OverflowError) as error:
-        raise UsageError(f"metrics cannot be served at {address!r}: {error}", side="broker") from None
+        raise UsageError(
+            f"metrics cannot be served at {address!r}: {error}",
+            side="broker",
+            hint="Write it as HOST:PORT, with a port that is free: --metrics 127.0.0.1:9100.",
+        ) from None
+    return f"http://{host or '127.0.0.1'}:{httpd.server_port}/metrics"

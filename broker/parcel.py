@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from codec.errors import ProtocolError
-from codec.messages import AnyHeader, decode_header, encode_header
+from codec.errors import ProtocolError, TrunklineError
+from codec.limits import MAX_HEADER_BYTES, MAX_TENSORS
+from codec.messages import AnyHeader, Error, decode_header, encode_header
 
 Frames = Sequence[Any]
 """Tensor frames: bytes-like objects or `zmq.Frame`s, passed on untouched."""
+
+_MAX_PEER_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +31,13 @@ class Parcel:
     @classmethod
     def read(cls, frames: Sequence[Any]) -> "Parcel":
         """From multipart frames `[peer][header][tensor]...`. Raises `ProtocolError`."""
-        if len(frames) < 2:
-            raise ProtocolError(f"a message of {len(frames)} frames; a peer frame and a header are needed")
+        if not 2 <= len(frames) <= 2 + MAX_TENSORS:
+            raise ProtocolError(
+                f"a message of {len(frames)} frames; a peer frame, a header and at most "
+                f"{MAX_TENSORS} tensors are needed"
+            )
+        if len(frames[0]) > _MAX_PEER_BYTES or len(frames[1]) > MAX_HEADER_BYTES:
+            raise ProtocolError(f"a peer frame of {len(frames[0])} bytes, a header of {len(frames[1])}")
         peer, raw = bytes(frames[0]), bytes(frames[1])
         return cls(peer, decode_header(raw), raw, tuple(frames[2:]))
 
@@ -43,9 +51,18 @@ class Parcel:
 
     def buffers(self) -> list[memoryview]:
         """The tensor frames' memory, without a copy."""
-        return [memoryview(getattr(frame, "buffer", frame)) for frame in self.tensors]
+        return [_memory(frame) for frame in self.tensors]
 
     @property
     def size(self) -> int:
         """Bytes of all tensor frames."""
         return sum(len(frame) for frame in self.tensors)
+
+
+def error_parcel(request: int, error: TrunklineError) -> Parcel:
+    """An error as the answer to `request`; 0 for one that concerns the connection."""
+    return Parcel.of(Error(id=request, code=error.code, what=error.what, side=error.at, hint=error.hint))
+
+
+def _memory(frame: Any) -> memoryview:
+    return memoryview(frame.buffer if hasattr(frame, "buffer") else frame)

@@ -6,9 +6,9 @@ from threading import Event
 
 import zmq
 
-from broker.endpoint import check_endpoint
-from broker.parcel import Parcel
-from broker.router import Router, Send, error_parcel
+from broker.endpoint import check_endpoint, is_ipv6
+from broker.parcel import Parcel, error_parcel
+from broker.router import Router, Send
 from codec.errors import ProtocolError, UsageError
 from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
@@ -35,24 +35,35 @@ class Server:
 
     def __init__(self, listen: str, router: Router) -> None:
         """Bind. Raises `UsageError` if the address is bad, taken, or beyond loopback."""
-        check_endpoint(listen)
+        check_endpoint(listen, free_port=True)
         self.router = router
         self.traffic = Traffic()
         self._log = Log("broker")
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.IPV6, is_ipv6(listen))
+        host, _, port = listen.rpartition(":")
         try:
-            self._socket.bind(listen if not listen.endswith(":0") else f"{listen[:-2]}:*")
+            self._socket.bind(listen if int(port) else f"{host}:*")
         except zmq.ZMQError as error:
-            self._socket.close()
+            self.close()
             raise UsageError(
                 f"the broker cannot listen on {listen}: {error.strerror or error}",
                 side="broker",
                 hint="Another process may hold the port; choose another with --listen.",
             ) from None
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def close(self) -> None:
+        """Stop listening; the port is free when this returns. `serve` does so at its end.
+
+        What was routed still leaves, within half a second.
+        """
+        self._socket.close()
+        self._context.term()
 
     def serve(self, stop: Event) -> None:
         """Route until `stop` is set, then close the socket."""
@@ -67,7 +78,7 @@ class Server:
                     due = time.monotonic() + _TICK_MS / 1000
                     self._send(self.router.tick(time.monotonic()))
         finally:
-            self._socket.close()
+            self.close()
 
     def _drain(self) -> None:
         """Everything that waits, up to a bound so that ticks happen under load."""
@@ -96,5 +107,6 @@ class Server:
                 self._socket.send_multipart([send.route, *parcel.frames()], zmq.NOBLOCK, copy=False)
             except zmq.ZMQError as error:
                 # Unreachable, or so slow that its queue is full: either way it cannot be served.
-                self._log.warn("peer lost", why=error.strerror)
-                self._send(self.router.lost(send.route))
+                if send.route in self.router.peers:
+                    self._log.warn("peer lost", why=error.strerror)
+                    self._send(self.router.lost(send.route))

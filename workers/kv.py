@@ -1,6 +1,6 @@
 """KV caches: one contiguous buffer per sequence and span.
 
-Contiguous beat 16-token pages on CPU (docs/log.md); this class is the one place that knows.
+On a CPU contiguous buffers beat pages; on a GPU pages will pay. Only this class knows which it is.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,17 @@ from codec.errors import LimitError
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one token's keys and values take in a span of `layers` blocks."""
+    """What one token's keys and values take in `layers` blocks, of which `first` is the first.
+
+    Blocks are counted from the start of the span that hosts them.
+    """
 
     layers: int
     groups: int
     dim: int
     dtype: torch.dtype
     device: torch.device
+    first: int = 0
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes of keys and values of `tokens` tokens."""
@@ -37,6 +41,7 @@ class RowCache:
         size = (shape.layers, 1, shape.groups, capacity, shape.dim)
         self._keys = torch.empty(size, dtype=shape.dtype, device=shape.device)
         self._values = torch.empty_like(self._keys)
+        self._first = shape.first
         self.capacity = capacity
         self.length = 0
 
@@ -59,7 +64,7 @@ class RowCache:
 
     def append(self, layer: int, key_1GTD: Tensor, value_1GTD: Tensor) -> tuple[Tensor, Tensor]:
         """Write one block's new keys and values; return all of the sequence's, old and new."""
-        end = self.length + key_1GTD.shape[2]
+        end, layer = self.length + key_1GTD.shape[2], layer - self._first
         self._keys[layer, :, :, self.length : end] = key_1GTD
         self._values[layer, :, :, self.length : end] = value_1GTD
         return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]

@@ -9,7 +9,7 @@ from codec.plan import RunPlan
 
 @dataclass(slots=True)
 class Ledger:
-    """A run's members and the commits of step `step`. `left` names a silo that went before the end."""
+    """A run's members and the commits of step `step`. `left` says who went before the end."""
 
     plan: RunPlan
     step: int = 0
@@ -18,7 +18,11 @@ class Ledger:
     left: str = ""
 
     def join(self, silo: bytes, plan: RunPlan) -> None:
-        """A silo takes part. Raises `MismatchError` for another plan, `LimitError` if the run is full."""
+        """A silo takes part.
+
+        Raises `MismatchError` for another plan, `LimitError` if the run is full, and
+        `UnavailableError` if it cannot go on: it is free to open anew once all its silos have left.
+        """
         if plan != self.plan:
             raise MismatchError(
                 "this run was opened with other settings",
@@ -26,15 +30,19 @@ class Ledger:
             )
         if silo not in self.members and len(self.members) >= self.plan.silos:
             raise LimitError(f"this run is for {self.plan.silos} silos, and they are here", side="silo")
+        self._check_whole()
         self.members.add(silo)
 
     def check(self, silo: bytes) -> None:
         """Raises unless `silo` is a member of a run that can still go on."""
         if silo not in self.members:
             raise UnknownNameError("you are not in this run")
+        self._check_whole()
+
+    def _check_whole(self) -> None:
         if self.left:
             raise UnavailableError(
-                f"silo {self.left!r} left the run at step {self.step}",
+                f"{self.left} left the run at step {self.step}",
                 side="silo",
                 hint="Start every silo again; --resume goes on from a saved adapter.",
             )
@@ -46,6 +54,8 @@ class Ledger:
             raise ProtocolError(f"the run is at step {self.step}, the commit is of step {commit.step}")
         if silo in self.commits:
             raise ProtocolError(f"step {self.step} was committed by this silo already")
+        if commit.names and self.plan.ends != "shared":
+            raise ProtocolError("the ends' gradients cross only with --ends shared")
         first = next(iter(self.commits.values()), commit)
         if commit.names != first.names:
             raise MismatchError(
@@ -65,10 +75,14 @@ class Ledger:
         self.commits.clear()
         self.step += 1
 
-    def leave(self, silo: bytes, name: str) -> dict[bytes, Commit]:
-        """A silo is gone for good; returns the commits that now wait in vain."""
+    def leave(self, silo: bytes, who: str) -> dict[bytes, Commit]:
+        """A silo is gone for good; returns the commits that now wait in vain, its own too.
+
+        Before the run's last step nobody can go on without it; after that nobody needs it.
+        """
         self.members.discard(silo)
-        self.left = name
-        waiting = {s: c for s, c in self.commits.items() if s != silo}
+        if self.step < self.plan.steps:
+            self.left = self.left or who
+        vain = dict(self.commits)
         self.commits.clear()
-        return waiting
+        return vain

@@ -1,14 +1,16 @@
 """A run on its home worker: the trunk's part of one fine-tuning job."""
 
+import math
 import time
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from broker.parcel import error_parcel
 from codec import partition
-from codec.errors import LimitError, MismatchError, UnknownNameError
-from codec.messages import Backward, Commit, Committed, Forward, Wire
+from codec.errors import LimitError, MismatchError, TrunklineError, UnknownNameError
+from codec.messages import AnyHeader, Backward, Commit, Committed, Forward, Wire
 from codec.plan import RunPlan
 from workers.ledger import Ledger
 from workers.lora import adapter_tensors, add_adapter, drop_adapter, load_adapter, use_adapter
@@ -30,13 +32,20 @@ class TrunkRun:
         blocks: partition.Span,
         initial: Mapping[str, Tensor],
     ) -> None:
-        """Create adapter `key` on `blocks`, from `initial` if it holds tensors."""
+        """Create adapter `key` on `blocks`, from `initial` if it holds tensors.
+
+        Raises `MismatchError` if those do not fit the trunk; nothing is left behind then.
+        """
         self._span, self._key, self._blocks = span, key, blocks
         self.ledger = Ledger(plan)
         self._initial = dict(initial)
         add_adapter(span, key, plan.lora, plan.seed, blocks)
-        if initial:
-            load_adapter(span, key, initial)
+        try:
+            if initial:
+                load_adapter(span, key, initial)
+        except Exception:
+            drop_adapter(span, key)
+            raise
         self._parameters = adapter_tensors(span, key)
         self._optimizer = PartOptimizer(plan, self._parameters)
         self._kept: dict[tuple[bytes, int], tuple[Tensor, Tensor]] = {}
@@ -79,12 +88,13 @@ class TrunkRun:
     def backward(self, silo: bytes, request: Backward, gradient: Tensor) -> Tensor | None:
         """Accumulate the adapter's gradient; return the one at the trunk's input if it is wanted."""
         self.ledger.check(silo)
-        kept = self._kept.pop((silo, request.microbatch), None)
+        kept = self._kept.get((silo, request.microbatch))
         if kept is None:
             raise UnknownNameError(f"no micro-batch {request.microbatch} of yours waits for its backward")
         entry, result = kept
         if gradient.shape != result.shape:
             raise MismatchError(f"a gradient {tuple(gradient.shape)} for an output {tuple(result.shape)}")
+        del self._kept[silo, request.microbatch]
         begun = time.monotonic()
         inputs = [*self._parameters.values(), *([entry] if request.wants_gradient else [])]
         torch.autograd.backward(result, gradient.to(result), inputs=inputs)
@@ -93,8 +103,15 @@ class TrunkRun:
 
     def commit(
         self, silo: bytes, request: Commit, ends: Mapping[str, Tensor]
-    ) -> dict[bytes, tuple[Committed, list[Tensor]]]:
-        """Record a silo's commit; when it is the last, step, and return every silo's answer."""
+    ) -> dict[bytes, tuple[AnyHeader, list[Tensor]]]:
+        """Record a silo's commit; when it is the last, step, and return every silo's answer.
+
+        If the gradient is not finite no step is taken, and the answer is an error to every silo.
+
+        Raises what `Ledger.commit` raises, and `MismatchError` for ends of another shape than the
+        other silos'; the commit is not recorded then.
+        """
+        self._check_ends(ends)
         complete = self.ledger.commit(silo, request)
         self._ends[silo] = dict(ends)
         if not complete:
@@ -106,9 +123,11 @@ class TrunkRun:
         square += sum(float(tensor.double().pow(2).sum()) for tensor in summed)
         divisor = float(max(1, tokens))
         norm = square**0.5 / divisor
+        if not math.isfinite(norm):
+            return self._no_step()
         clip = clip_factor(self.ledger.plan, norm)
         self._optimizer.step(self.ledger.step, divisor, clip)
-        answers = {
+        answers: dict[bytes, tuple[AnyHeader, list[Tensor]]] = {
             member: (
                 Committed(
                     id=commit.id,
@@ -127,6 +146,27 @@ class TrunkRun:
         self._ends.clear()
         return answers
 
+    def _no_step(self) -> dict[bytes, tuple[AnyHeader, list[Tensor]]]:
+        error = TrunklineError(
+            f"the gradient of step {self.ledger.step} is not finite, and the step was not taken",
+            side="worker",
+            hint="Lower the learning rate, or use --wire bf16 if fp16 overflows.",
+        )
+        commits = dict(self.ledger.commits)
+        self.ledger.commits.clear()
+        self._ends.clear()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return {member: (error_parcel(commit.id, error).header, []) for member, commit in commits.items()}
+
+    def _check_ends(self, ends: Mapping[str, Tensor]) -> None:
+        first = next(iter(self._ends.values()), ends)
+        for name, tensor in ends.items():
+            if name in first and tensor.shape != first[name].shape:
+                raise MismatchError(
+                    f"{name} is {tuple(tensor.shape)} here and {tuple(first[name].shape)} at another silo"
+                )
+
     def _summed_ends(self) -> list[Tensor]:
         sums: dict[str, Tensor] = {}
         for ends in self._ends.values():
@@ -140,16 +180,16 @@ class TrunkRun:
 
     def adapter(self) -> dict[str, Tensor]:
         """The trunk adapter's tensors by global name."""
-        return {name: tensor.detach() for name, tensor in self._parameters.items()}
+        # Copies: a link sends without copying, and the next step must not change what is on its way.
+        return {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
 
     def leave(self, silo: bytes, name: str | None) -> dict[bytes, Commit]:
-        """A silo is done (`name` None) or gone; returns commits of others that wait in vain."""
+        """A silo closed the run (`name` None) or is gone; returns the commits that wait in vain."""
         for kept in [kept for kept in self._kept if kept[0] == silo]:
             del self._kept[kept]
-        if name is None:
-            self.ledger.members.discard(silo)
-            return {}
-        return self.ledger.leave(silo, name)
+        self.wires.pop(silo, None)
+        self._ends.clear()
+        return self.ledger.leave(silo, "another silo" if name is None else f"silo {name!r}")
 
     def close(self) -> None:
         """Free the adapter."""

@@ -8,10 +8,16 @@ from itertools import count
 import msgspec
 from torch import Tensor
 
-from broker.parcel import Parcel
-from broker.router import error_parcel
+from broker.parcel import Parcel, error_parcel
 from codec import partition
-from codec.errors import LimitError, MismatchError, ProtocolError, TrunklineError, UnknownNameError
+from codec.errors import (
+    FrameError,
+    LimitError,
+    MismatchError,
+    ProtocolError,
+    TrunklineError,
+    UnknownNameError,
+)
 from codec.logs import Log
 from codec.messages import (
     Adapter,
@@ -115,12 +121,16 @@ class TrunkService:
                 del self._sessions[silo, request.session]
             case CloseRun():
                 self._run(silo, request.run)
-                self._leave_run(silo, request.run, None)
+                waiting = self._leave_run(silo, request.run, None)
+                return [*waiting, Reply(silo, Done(id=request.id))]
         return [Reply(silo, Done(id=request.id))]
 
     def _open_session(self, silo: bytes, request: OpenSession, tensors: list[Tensor]) -> Reply:
         self._check_model(request)
-        held = sum(session.bytes for session in self._sessions.values())
+        if request.names and request.adapter is None:
+            raise ProtocolError("tensors came without the adapter they belong to")
+        before = self._sessions.get((silo, request.session))
+        held = sum(session.bytes for session in self._sessions.values() if session is not before)
         wanted = session_bytes(self._span, request)
         if held + wanted > self._kv_bytes:
             raise LimitError(
@@ -128,9 +138,9 @@ class TrunkService:
                 hint="Ask for fewer rows or tokens, wait, or start the worker with more --kv-memory.",
             )
         adapter = _named(request.names, tensors)
-        if (silo, request.session) in self._sessions:
-            self._sessions.pop((silo, request.session)).close()
         session = TrunkSession(self._span, f"a{next(self._keys)}", request, adapter)
+        if before is not None:
+            before.close()  # Opened again: from the start.
         self._sessions[silo, request.session] = session
         return Reply(silo, Opened(id=request.id))
 
@@ -151,8 +161,11 @@ class TrunkService:
             raise MismatchError(
                 f"silo and worker hold different models: {why}", hint="Give both the same --model."
             )
-        if not self._span.blocks.contains(partition.Span(request.start, request.stop)):
+        blocks = partition.Span(request.start, request.stop)
+        if not self._span.blocks.contains(blocks):
             raise MismatchError(f"this worker hosts blocks {self._span.blocks}", side="worker")
+        if not len(blocks):
+            raise ProtocolError(f"a trunk {blocks} has no blocks")
 
     def _session(self, silo: bytes, name: str) -> TrunkSession:
         session = self._sessions.get((silo, name))
@@ -191,11 +204,12 @@ class TrunkService:
         return replies
 
     def _gone(self, silo: bytes, header: Gone) -> list[Reply]:
+        """Free what a silo held, or what all of them held if the peer frame names none."""
         self._log.say("silo gone", silo=header.name)
-        for key in [key for key in self._sessions if key[0] == silo]:
+        for key in [key for key in self._sessions if silo in (key[0], b"")]:
             self._sessions.pop(key).close()
-        joined = [name for name, run in self._runs.items() if silo in run.ledger.members]
-        return [reply for name in joined for reply in self._leave_run(silo, name, header.name)]
+        joined = [(n, m) for n, run in self._runs.items() for m in run.ledger.members if silo in (m, b"")]
+        return [reply for name, member in joined for reply in self._leave_run(member, name, header.name)]
 
 
 def _named(names: tuple[str, ...], tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -209,9 +223,14 @@ def _error_header(request: int, error: TrunklineError) -> AnyHeader:
 
 
 def _encoded(reply: Reply) -> Parcel:
+    """The reply as a message; one whose tensors cannot cross becomes an error."""
     if not reply.tensors:
         return Parcel.of(reply.header, peer=reply.silo)
-    specs, frames = encode_tensors(reply.tensors, reply.wire, f"worker's {_kind(reply.header)}")
+    try:
+        specs, frames = encode_tensors(reply.tensors, reply.wire, f"worker's {_kind(reply.header)}")
+    except FrameError as error:
+        trouble = FrameError(error.what, hint=error.hint, side="worker")
+        return error_parcel(reply.header.id, trouble).to(reply.silo)
     return Parcel.of(msgspec.structs.replace(reply.header, tensors=specs), frames, reply.silo)
 
 

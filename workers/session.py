@@ -21,6 +21,8 @@ class TrunkSession:
         self._span = span
         self._key = key if opening.adapter else None
         self._blocks = partition.Span(opening.start, opening.stop)
+        shape = span.kv_shape(self._blocks)
+        self._rows = [RowCache(shape, opening.capacity) for _ in range(opening.rows)]
         self.wire = opening.wire
         self.bytes = session_bytes(span, opening)
         if opening.adapter is not None:
@@ -30,7 +32,6 @@ class TrunkSession:
             except Exception:
                 drop_adapter(span, key)
                 raise
-        self._rows = [RowCache(span.kv_shape(), opening.capacity) for _ in range(opening.rows)]
 
     @torch.no_grad()
     def extend(self, request: Extend, packed: Tensor) -> Tensor:
@@ -41,9 +42,16 @@ class TrunkSession:
         if max(request.rows) >= len(self._rows):
             raise LimitError(f"the session has {len(self._rows)} rows", side="silo")
         caches = [self._rows[row] for row in request.rows]
-        for cache, start, length in zip(caches, request.starts, request.lengths, strict=True):
-            cache.rewind(start)
-            cache.check_room(length)
+        before = [cache.length for cache in caches]
+        try:
+            for cache, start, length in zip(caches, request.starts, request.lengths, strict=True):
+                cache.rewind(start)
+                cache.check_room(length)
+        except LimitError:
+            # No row is rolled back for a request that is refused.
+            for cache, length in zip(caches, before, strict=True):
+                cache.length = length
+            raise
         use_adapter(self._span, self._key)
         return self._span.run(packed, request.lengths, caches=caches, blocks=self._blocks)
 
@@ -55,4 +63,5 @@ class TrunkSession:
 
 def session_bytes(span: Span, opening: OpenSession) -> int:
     """Bytes of KV cache a session reserves."""
-    return span.kv_shape().bytes_for(opening.rows * opening.capacity)
+    blocks = partition.Span(opening.start, opening.stop)
+    return span.kv_shape(blocks).bytes_for(opening.rows * opening.capacity)

@@ -1,0 +1,231 @@
+"""When a link attaches, beats, attaches again and gives up. The clock is a number."""
+
+from typing import Any
+
+import pytest
+
+from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
+from broker.parcel import Parcel
+from codec.errors import LinkError, ProtocolError, UnavailableError
+from codec.messages import (
+    AnyHeader,
+    Attach,
+    CloseSession,
+    Done,
+    Error,
+    Gone,
+    Heartbeat,
+    Leave,
+    OpenSession,
+    Result,
+    Welcome,
+)
+from codec.plan import ModelCard
+
+ENDPOINT = "tcp://127.0.0.1:7555"
+SILO = Attach(role="silo", name="s", peer=bytes(16))
+WORKER = Attach(
+    role="worker",
+    name="w",
+    peer=bytes(16),
+    model=ModelCard(name="m", fingerprint="f", blocks=6, hidden=4),
+    start=0,
+    stop=6,
+)
+NOT_ATTACHED = Error(id=0, code="link", what="this connection is not attached", side="broker")
+
+
+def begun(attach: Attach = SILO, patience: float = 30.0) -> LinkState:
+    return LinkState(attach, ENDPOINT, patience, 0.0)
+
+
+def attached(attach: Attach = SILO, *, heartbeat: float = 1.0, patience: float = 30.0) -> LinkState:
+    """Welcome at second 0, with the first beat said."""
+    state = begun(attach, patience)
+    assert state.tick(0.0) == [Transmit(attach)]
+    assert hears(state, Welcome(heartbeat=heartbeat), 0.0) == []
+    assert state.attached
+    return state
+
+
+def hears(state: LinkState, header: AnyHeader, now: float) -> list[Action]:
+    return state.arrived(Parcel.of(header), now)
+
+
+def test_it_attaches_and_tries_again() -> None:
+    state = begun()
+    said = [now for now in (i / 10 for i in range(21)) if state.tick(now) == [Transmit(SILO)]]
+    assert said == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert not state.attached
+
+
+def test_what_could_not_leave_is_said_again_at_once() -> None:
+    state = begun()
+    assert state.tick(0.0) == [Transmit(SILO)]
+    state.unsent()
+    assert state.tick(0.1) == [Transmit(SILO)]
+    assert state.tick(0.2) == []
+
+
+def test_patience_ends_with_an_error_that_says_where_and_what_to_do() -> None:
+    state = begun(patience=3.0)
+    assert all(not isinstance(action, Fail) for i in range(31) for action in state.tick(i / 10))
+    (action,) = state.tick(3.1)
+    assert isinstance(action, Fail)
+    assert isinstance(action.error, LinkError)
+    assert ENDPOINT in action.error.what
+    assert "3 s" in action.error.what
+    assert f"trunkline broker --listen {ENDPOINT}" in action.error.hint
+    assert action.error.at == "broker"
+
+
+def test_patience_begins_anew_with_every_loss() -> None:
+    state = attached(patience=3.0)
+    for now in range(1, 100):
+        hears(state, Heartbeat(), float(now))
+        state.tick(float(now))
+    assert hears(state, NOT_ATTACHED, 100.0) == [Transmit(SILO)]
+    assert not any(isinstance(a, Fail) for a in state.tick(103.0))
+    assert isinstance(state.tick(103.1)[0], Fail)
+
+
+@pytest.mark.parametrize("heartbeat", [0.25, 1.0, 2.0])
+def test_it_beats_as_often_as_the_broker_asks(heartbeat: float) -> None:
+    state = attached(heartbeat=heartbeat)
+    beats = 0
+    for i in range(1, 101):
+        now = i / 10
+        for action in state.tick(now):
+            assert action == Transmit(Heartbeat())
+            beats += 1
+            assert hears(state, Heartbeat(), now) == []
+    assert beats == pytest.approx(10.0 / heartbeat, rel=0.25)
+    assert state.attached
+
+
+def test_silence_is_a_loss() -> None:
+    state = attached()
+    assert state.tick(LinkState.SILENCE) == [Transmit(Heartbeat())]
+    assert state.attached
+    assert state.tick(LinkState.SILENCE + 0.1) == [Transmit(SILO)]
+    assert not state.attached
+
+
+def test_any_message_is_a_sign_of_life() -> None:
+    state = attached()
+    for now in range(1, 30):
+        hears(state, Result(id=now), float(now))
+        state.tick(now + 0.5)
+        assert state.attached
+
+
+def test_a_slow_heartbeat_is_not_silence() -> None:
+    state = attached(heartbeat=LinkState.SILENCE * 2)
+    state.tick(LinkState.SILENCE * 2)
+    assert state.attached
+
+
+def test_not_attached_means_attach_again_and_once() -> None:
+    state = attached()
+    assert hears(state, NOT_ATTACHED, 1.0) == [Transmit(SILO)]
+    assert not state.attached
+    # One such answer comes for each message that was on its way.
+    assert hears(state, NOT_ATTACHED, 1.0) == []
+    assert state.tick(1.1) == []
+    assert state.tick(1.6) == [Transmit(SILO)]
+    assert hears(state, Welcome(heartbeat=1.0, resumed=True), 1.7) == []
+    assert state.attached
+
+
+@pytest.mark.parametrize("code", ["protocol", "mismatch", "limit"])
+def test_any_other_error_of_the_connection_is_the_end(code: str) -> None:
+    for state in (begun(), attached()):
+        (action,) = hears(state, Error(id=0, code=code, what="no", side="silo", hint="do"), 1.0)
+        assert isinstance(action, Fail)
+        assert (action.error.code, action.error.what, action.error.hint) == (code, "no", "do")
+        assert not isinstance(action.error, LinkError)
+
+
+def test_errors_of_requests_are_the_owners() -> None:
+    state = attached()
+    for code in ("link", "protocol"):
+        parcel = Parcel.of(Error(id=3, code=code, what="no", side="worker"))
+        assert state.arrived(parcel, 1.0) == [Deliver(parcel)]
+    assert state.attached
+
+
+def test_answers_are_delivered_as_they_came() -> None:
+    parcel = Parcel.of(Result(id=3), (b"x",), b"peer")
+    (action,) = attached().arrived(parcel, 1.0)
+    assert isinstance(action, Deliver)
+    assert action.parcel is parcel
+
+
+def test_a_broker_that_forgot_a_silo_will_not_answer_it() -> None:
+    """The requests on their way are answered here: nobody else knows of them."""
+    state = attached()
+    for number in (1, 2, 3):
+        state.sent(CloseSession(id=number, session="s"))
+    state.sent(Leave())
+    hears(state, Done(id=2), 1.0)
+    hears(state, NOT_ATTACHED, 2.0)
+    errors = hears(state, Welcome(heartbeat=1.0), 2.1)
+    assert [delivered(action).id for action in errors] == [1, 3]
+    for action in errors:
+        error = delivered(action)
+        assert (error.code, error.side) == (UnavailableError.code, "broker")
+        assert "restarted" in error.what
+        assert error.hint
+    hears(state, NOT_ATTACHED, 3.0)
+    assert hears(state, Welcome(heartbeat=1.0), 3.1) == []
+
+
+def test_a_broker_that_remembers_still_answers() -> None:
+    state = attached()
+    state.sent(CloseSession(id=1, session="s"))
+    hears(state, NOT_ATTACHED, 2.0)
+    assert hears(state, Welcome(heartbeat=1.0, resumed=True), 2.1) == []
+
+
+def test_the_first_welcome_loses_nothing() -> None:
+    for attach in (SILO, WORKER):
+        state = begun(attach)
+        state.tick(0.0)
+        assert hears(state, Welcome(heartbeat=1.0), 0.1) == []
+
+
+def test_a_repeated_welcome_loses_nothing() -> None:
+    state = attached()
+    state.sent(CloseSession(id=1, session="s"))
+    assert hears(state, Welcome(heartbeat=1.0), 0.2) == []
+
+
+def test_a_forgotten_worker_frees_what_every_silo_held() -> None:
+    state = attached(WORKER)
+    hears(state, NOT_ATTACHED, 2.0)
+    (action,) = hears(state, Welcome(heartbeat=1.0), 2.1)
+    assert isinstance(action, Deliver)
+    assert isinstance(action.parcel.header, Gone)
+    assert action.parcel.peer == b""
+
+
+def test_a_fresh_open_counts_as_on_its_way() -> None:
+    state = attached()
+    card = ModelCard(name="m", fingerprint="f", blocks=6, hidden=4)
+    state.sent(OpenSession(id=8, session="s", model=card, start=0, stop=6, rows=1, capacity=1))
+    hears(state, NOT_ATTACHED, 2.0)
+    (action,) = hears(state, Welcome(heartbeat=1.0), 2.1)
+    assert delivered(action).id == 8
+
+
+def test_that_protocol_errors_rise_again_as_such() -> None:
+    (action,) = hears(attached(), Error(id=0, code="protocol", what="no", side="broker"), 1.0)
+    assert isinstance(action, Fail)
+    assert isinstance(action.error, ProtocolError)
+    assert action.error.at == "broker"
+
+
+def delivered(action: Any) -> Error:
+    assert isinstance(action, Deliver)
+    assert isinstance(action.parcel.header, Error)
+    return action.parcel.header
