@@ -78,7 +78,8 @@ def check_specs(specs: Sequence[TensorSpec], sizes: Sequence[int]) -> None:
 def _check_spec(spec: TensorSpec, size: int) -> int:
     item = ITEM_SIZES[spec.dtype]
     elements = math.prod(spec.shape)
-    if elements * item > MAX_FRAME_BYTES:
+    # A size of 0 must not hide others that no tensor can have.
+    if math.prod(max(1, extent) for extent in spec.shape) * item > MAX_FRAME_BYTES:
         raise FrameError(f"a tensor of shape {spec.shape} is over {MAX_FRAME_BYTES} bytes")
     if sum(spec.sizes) != size:
         raise FrameError(f"a frame of {size} bytes declares {sum(spec.sizes)}")

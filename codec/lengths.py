@@ -15,7 +15,7 @@ def lengths_of(mask: Tensor) -> tuple[int, ...]:
     is implied. Raises `UsageError` for any other mask and for an empty sequence.
     """
     kept = mask.bool()
-    if kept.dim() != 2:
+    if kept.dim() != 2 or not kept.shape[1]:
         raise UsageError(f"a padding mask is [batch, width], this one is {tuple(mask.shape)}")
     edges = kept[:, 1:].ne(kept[:, :-1])
     rises = (edges & kept[:, 1:]).sum(1) + kept[:, 0]

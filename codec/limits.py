@@ -19,3 +19,6 @@ MAX_ROWS = 4096
 
 MAX_TOKENS = 1 << 20
 """Tokens in one session row or micro-batch."""
+
+MAX_REAL = 1e300
+"""Rates, norms and the like: finite, and so is the sum of a run's."""

@@ -14,19 +14,20 @@ from msgspec import Meta, Struct
 
 from codec.errors import ProtocolError, Side
 from codec.limits import MAX_DIMS, MAX_HEADER_BYTES, MAX_ROWS, MAX_TENSORS, MAX_TOKENS
-from codec.plan import LoraPlan, ModelCard, Name, RunPlan
+from codec.plan import LoraPlan, ModelCard, Name, Positive, Real, RunPlan
 
 PROTOCOL = 1
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Block = Annotated[int, Meta(ge=0, le=4096)]
-Real = Annotated[float, Meta(ge=0)]
 DType = Literal["f32", "bf16", "f16"]
 Encoding = Literal["raw", "planes"]
 Wire = Literal["exact", "bf16", "fp16"]
 Role = Literal["silo", "worker"]
-Lengths = Annotated[tuple[Annotated[int, Meta(ge=1, le=MAX_TOKENS)], ...], Meta(max_length=MAX_ROWS)]
+Lengths = Annotated[
+    tuple[Annotated[int, Meta(ge=1, le=MAX_TOKENS)], ...], Meta(min_length=1, max_length=MAX_ROWS)
+]
 Positions = Annotated[tuple[Tokens, ...], Meta(max_length=MAX_ROWS)]
 Rows = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_ROWS)], ...], Meta(min_length=1, max_length=MAX_ROWS)]
 
@@ -71,9 +72,13 @@ class Attach(Header, frozen=True, tag="attach"):
 
 
 class Welcome(Header, frozen=True, tag="welcome"):
-    """The broker's answer to `attach`: beat at least every `heartbeat` seconds."""
+    """The broker's answer to `attach`: beat at least every `heartbeat` seconds.
 
-    heartbeat: Annotated[float, Meta(gt=0)]
+    `resumed` if the broker still knew this peer; otherwise nothing of what it had is left.
+    """
+
+    heartbeat: Positive
+    resumed: bool = False
 
 
 class Heartbeat(Header, frozen=True, tag="heartbeat"):
@@ -81,7 +86,7 @@ class Heartbeat(Header, frozen=True, tag="heartbeat"):
 
 
 class Leave(Header, frozen=True, tag="leave"):
-    """A peer says goodbye; the broker forgets it and tells who needs to know."""
+    """A peer says goodbye; the broker forgets it, tells who needs to know, and answers the same."""
 
 
 class Gone(Header, frozen=True, tag="gone"):
@@ -203,7 +208,7 @@ class Committed(Header, frozen=True, tag="committed"):
     """
 
     step: Count
-    divisor: Annotated[float, Meta(gt=0)]
+    divisor: Positive
     clip: Annotated[float, Meta(gt=0, le=1)]
     grad_norm: Real
     busy: Real = 0.0

@@ -7,10 +7,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from codec.errors import UsageError
-from codec.limits import MAX_NAME
+from codec.limits import MAX_NAME, MAX_REAL
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
-Positive = Annotated[float, Meta(gt=0)]
+Real = Annotated[float, Meta(ge=0, le=MAX_REAL)]
+Positive = Annotated[float, Meta(gt=0, le=MAX_REAL)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 Ends = Literal["own", "shared"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -42,8 +43,8 @@ class RunPlan(Struct, frozen=True, forbid_unknown_fields=True):
     schedule: Schedule = "linear"
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Positive = 1e-8
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    clip_norm: Annotated[float, Meta(ge=0)] = 1.0
+    weight_decay: Real = 0.0
+    clip_norm: Real = 1.0
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
@@ -82,7 +83,7 @@ class ModelCard(Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: Name
     blocks: Annotated[int, Meta(ge=1, le=4096)]
     hidden: Annotated[int, Meta(ge=1, le=1 << 20)]
-    samples: dict[int, str] = {}
+    samples: dict[int, Name] = {}
 
     def differs_from(self, other: "ModelCard") -> str:
         """Why the two are not one model; empty if nothing speaks against it."""

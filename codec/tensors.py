@@ -55,6 +55,8 @@ def decode_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], *, bou
 
 
 def _tensor(spec: TensorSpec, frame: Buffer) -> Tensor:
+    if 0 in spec.shape:
+        return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
     data = decode(spec, frame)
     if not data.flags.writeable:
         # A received frame is read-only memory; torch has no read-only tensors, so this one copy stays.

@@ -74,12 +74,16 @@ class Checkpoint:
         text = json.dumps([facts, sorted(self._files)], sort_keys=True, default=str)
         samples = {i: digest for i in blocks if (digest := self._sample(i))}
         return ModelCard(
-            name=self.name[:512],
+            name=self._public_name(),
             fingerprint=hashlib.sha256(text.encode()).hexdigest()[:32],
             blocks=self.blocks,
             hidden=int(self.config.hidden_size),
             samples=samples,
         )
+
+    def _public_name(self) -> str:
+        """What others may know the model as: a local directory's own name, not where it lies."""
+        return (self._root.name if self._root and self.name not in catalog.MODELS else self.name)[:512]
 
     def _sample(self, block: int) -> str:
         prefix = f"model.layers.{block}."
@@ -131,7 +135,10 @@ class Checkpoint:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-        if self._commit and try_to_load_from_cache(self.name, file, revision=self._commit) is _CACHED_NO_EXIST:
+        if (
+            self._commit
+            and try_to_load_from_cache(self.name, file, revision=self._commit) is _CACHED_NO_EXIST
+        ):
             return None  # asked before: without this a single-file model could not be used offline
         try:
             return Path(hf_hub_download(self.name, file, revision=self._commit))

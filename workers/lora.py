@@ -43,10 +43,10 @@ def add_adapter(
     global name, so that every partition of a run begins with the same adapter. Weights are fp32.
     """
     check_targets(span.model.config, plan.targets)
-    if not len(span.blocks):
-        return
     # The layers alone: given the model, PEFT would look for embeddings that this span may not have.
     layers = span.layers(blocks)
+    if not len(layers):
+        return
     inject_adapter_in_model(peft_config(plan), layers, adapter_name=key)
     del layers.peft_config  # PEFT would take the next adapter for a mistake.
     for name, weight in adapter_tensors(span, key).items():
@@ -63,9 +63,12 @@ def add_adapter(
 
 
 def drop_adapter(span: Span, key: str) -> None:
-    """Remove adapter `key` and its memory."""
+    """Remove adapter `key` and its memory. If it was in use, the base model alone is."""
     for layer in _layers(span):
+        if key in layer.active_adapters:
+            layer.set_adapter([])  # PEFT would put another run's adapter in its place
         layer.delete_adapter(key)
+    _train_all(span)
 
 
 def use_adapter(span: Span, key: str | None) -> None:
@@ -82,7 +85,7 @@ def adapter_tensors(span: Span, key: str) -> dict[str, Tensor]:
     """The adapter's weights by global name: A is `[rank, in]`, B `[out, rank]`."""
     found: dict[str, Tensor] = {}
     for name, parameter in span.model.named_parameters():
-        left, marker, right = name.partition(f".{key}.")
+        left, marker, right = name.rpartition(f".{key}.")
         if marker and "lora_" in left:
             full = left if left.startswith("model.") else f"model.{left}"
             found[span.global_name(f"{full}.{right}")] = parameter
@@ -91,7 +94,8 @@ def adapter_tensors(span: Span, key: str) -> dict[str, Tensor]:
 
 def load_adapter(span: Span, key: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy values into adapter `key`. Raises `MismatchError` if a tensor is missing or misshapen."""
-    for name, weight in adapter_tensors(span, key).items():
+    weights = adapter_tensors(span, key)
+    for name, weight in weights.items():
         value = tensors.get(name)
         if value is None or value.shape != weight.shape:
             found = "is missing" if value is None else f"is {tuple(value.shape)}"
@@ -99,7 +103,8 @@ def load_adapter(span: Span, key: str, tensors: Mapping[str, Tensor]) -> None:
                 f"adapter tensor {name} {found}, {tuple(weight.shape)} was expected",
                 hint="Was the adapter trained on this model with this rank and these targets?",
             )
-        weight.data.copy_(value)
+    for name, weight in weights.items():
+        weight.data.copy_(tensors[name])
 
 
 def _layers(span: Span) -> list[LoraLayer]:

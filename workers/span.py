@@ -55,7 +55,8 @@ class Span:
         self._views: dict[partition.Span, Any] = {}
         config = span_config(checkpoint.config, blocks, embeds=embeds)
         with init_empty_weights(include_buffers=False):
-            whole = (AutoModelForCausalLM if predicts else AutoModel).from_config(config, dtype=dtype)
+            build: Any = AutoModelForCausalLM if predicts else AutoModel
+            whole = build.from_config(config, dtype=dtype)
         self.model: Any = whole
         base = whole.model if predicts else whole
         if not embeds:
@@ -112,12 +113,14 @@ class Span:
         """Bytes of the span's own weights, adapters included."""
         return sum({p.data_ptr(): p.nbytes for p in self.model.parameters()}.values())
 
-    def kv_shape(self) -> KVShape:
-        """What a cached token takes in this span."""
+    def kv_shape(self, blocks: partition.Span | None = None) -> KVShape:
+        """What a cached token takes in this span, or in its part `blocks`."""
+        part = self.blocks if blocks is None else blocks
         config = self._base.config
         heads = config.num_attention_heads
         return KVShape(
-            layers=len(self.blocks),
+            layers=len(part),
+            first=part.start - self.blocks.start,
             groups=getattr(config, "num_key_value_heads", None) or heads,
             dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dtype=self.dtype,
@@ -137,8 +140,9 @@ class Span:
 
         `packed` is int64 `[T]` token ids if the span embeds, else `[T, hidden]`, with
         `T = sum(lengths)`. With `caches`, one per sequence, the tokens continue what each cache
-        holds, and the caches advance; `LimitError` if one of them is too full. Returns `[T, hidden]`; from a span that predicts, logits
-        `[len(keep), vocabulary]` of the packed positions `keep` (all if None).
+        holds, and the caches advance. Returns `[T, hidden]`; from a span that predicts, logits
+        `[len(keep), vocabulary]` of the packed positions `keep` (all if None). Raises `LimitError`
+        if a cache has no room; nothing has happened then.
         """
         for cache, length in zip(caches or (), lengths, strict=bool(caches)):
             cache.check_room(length)

@@ -1,0 +1,93 @@
+"""KV caches: what they hold, how much they take, and what they refuse."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from codec.errors import LimitError
+from workers.kv import KVShape, RowCache
+
+CPU = torch.device("cpu")
+SHAPE = KVShape(layers=3, groups=2, dim=4, dtype=torch.float32, device=CPU)
+
+
+def values(tokens: int, seed: int = 0) -> Tensor:
+    return torch.randn(1, 2, tokens, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capacity", [1, 17])
+def test_bytes_for_is_what_a_row_takes(dtype: torch.dtype, capacity: int) -> None:
+    shape = KVShape(layers=3, groups=2, dim=4, dtype=dtype, device=CPU)
+    row = RowCache(shape, capacity)
+    keys, held = row.append(0, values(capacity).to(dtype), values(capacity).to(dtype))
+    taken = keys.untyped_storage().nbytes() + held.untyped_storage().nbytes()
+    assert shape.bytes_for(capacity) == taken == 2 * 3 * 2 * 4 * capacity * dtype.itemsize
+
+
+def test_the_new_tokens_follow_the_old_in_each_block() -> None:
+    row = RowCache(SHAPE, 7)
+    written = [[(values(n, 10 * b + n), values(n, 99 + b)) for n in (4, 1, 2)] for b in range(3)]
+    for step, new in enumerate((4, 1, 2)):
+        for block in range(3):
+            key, value = row.append(block, *written[block][step])
+            expected = [torch.cat(pair, 2) for pair in zip(*written[block][: step + 1], strict=True)]
+            assert torch.equal(key, expected[0])
+            assert torch.equal(value, expected[1])
+        row.advance(new)
+    assert row.length == 7
+
+
+def test_until_advance_a_pass_can_be_repeated() -> None:
+    row = RowCache(SHAPE, 4)
+    row.append(0, values(2, 1), values(2, 2))
+    row.advance(2)
+    row.append(0, values(2, 3), values(2, 4))
+    assert row.length == 2
+    key, value = row.append(0, values(1, 5), values(1, 6))
+    assert torch.equal(key, torch.cat([values(2, 1), values(1, 5)], 2))
+    assert torch.equal(value, torch.cat([values(2, 2), values(1, 6)], 2))
+
+
+def test_rewind_forgets_and_never_invents() -> None:
+    row = RowCache(SHAPE, 6)
+    row.append(0, values(5, 1), values(5, 2))
+    row.advance(5)
+    row.rewind(5)
+    assert row.length == 5
+    row.rewind(3)
+    key, _ = row.append(0, values(1, 3), values(1, 4))
+    assert torch.equal(key, torch.cat([values(5, 1)[:, :, :3], values(1, 3)], 2))
+    with pytest.raises(LimitError, match="position 4, the cache ends at 3") as caught:
+        row.rewind(4)
+    assert caught.value.at == "silo"
+    assert row.length == 3
+
+
+@pytest.mark.parametrize("held", [0, 3, 5])
+def test_check_room_refuses_the_first_token_too_many(held: int) -> None:
+    row = RowCache(SHAPE, 5)
+    row.advance(held)
+    row.check_room(5 - held)
+    with pytest.raises(LimitError, match="6 tokens do not fit a session row of 5") as caught:
+        row.check_room(6 - held)
+    assert caught.value.at == "silo"
+    assert "--max-tokens" in caught.value.hint
+    assert row.length == held
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=8), st.integers(0, 99))
+def test_a_row_holds_what_a_list_would(steps: list[tuple[int, int]], seed: int) -> None:
+    """Rolling back and writing anew, as rejected or repeated tokens do."""
+    row, kept = RowCache(SHAPE, 64), values(0)
+    for index, (back, new) in enumerate(steps):
+        start = max(0, row.length - back)
+        row.rewind(start)
+        kept = torch.cat([kept[:, :, :start], values(new, seed + index)], 2)
+        key, value = row.append(1, values(new, seed + index), -values(new, seed + index))
+        row.advance(new)
+        assert torch.equal(key, kept)
+        assert torch.equal(value, -kept)
