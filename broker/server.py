@@ -14,6 +14,9 @@ from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
 
 _TICK_MS = 250
+_QUEUE = 1 << 14
+"""Messages that may wait for one peer. Quotas bound what silos send to a worker long before; a peer
+that sends rubbish and reads nothing stops here."""
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class Server:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, _QUEUE)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.IPV6, is_ipv6(listen))
         host, _, port = listen.rpartition(":")

@@ -52,6 +52,8 @@ class Span:
         self.device = torch.device(device)
         self.dtype = dtype
         self._embeds, self._predicts = embeds, predicts
+        self.in_use: tuple[str | None] | None = None
+        """The adapter that passes run with, kept by `workers.lora`; None while it is not known."""
         self._views: dict[partition.Span, Any] = {}
         config = span_config(checkpoint.config, blocks, embeds=embeds)
         with init_empty_weights(include_buffers=False):

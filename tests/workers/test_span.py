@@ -183,19 +183,22 @@ def test_greedy_generation_equals_transformers(
     assert len({token for row in tokens for token in row}) > 20
 
 
+@pytest.mark.parametrize("first_block", [0, 1])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_wide_trunk_serves_every_narrower_one(
     tiny_model: Callable[[str], Any],
     reference: Callable[[str], Reference],
     split: Callable[..., Any],
     name: str,
+    first_block: int,
 ) -> None:
     """One hosted span, each partition a part of it: without and with KV caches, in any order."""
     expected = reference(name)
     checkpoint = tiny_model(name).checkpoint
-    host = Span(checkpoint, Blocks(0, 4))
+    host = Span(checkpoint, Blocks(first_block, 4))
+    served = [cut for cut in PARTITIONS if cut[0] >= first_block]
     lengths = list(LENGTHS)
-    for cut in [*PARTITIONS, *reversed(PARTITIONS)]:
+    for cut in [*served, served[0]]:
         part = Partition(*cut).spans(4)[1]
         front, _, back = split(checkpoint, *cut)
         before = front.run(torch.cat(expected.sequences), lengths)
@@ -203,7 +206,7 @@ def test_a_wide_trunk_serves_every_narrower_one(
         close(back.run(after, lengths), torch.cat(expected.logits))
 
         # Caches of the part alone, or of all that is hosted: both must do.
-        shape = host.kv_shape(part if cut[0] else None)
+        shape = host.kv_shape(part if cut[0] > first_block else None)
         caches = [RowCache(shape, max(LENGTHS)) for _ in lengths]
         first = [max(1, n // 2) for n in lengths]
         pieces = [row.split([n, len(row) - n]) for row, n in zip(before.split(lengths), first, strict=True)]
@@ -226,6 +229,8 @@ def test_a_part_caches_its_own_blocks_and_no_more(tiny_model: Callable[[str], An
     assert host.kv_shape().bytes_for(10) == host.kv_shape(Blocks(1, 4)).bytes_for(10) == 3 * one_block
     assert host.kv_shape(Blocks(2, 4)).bytes_for(10) == 2 * one_block
     assert host.kv_shape(Blocks(2, 2)).bytes_for(10) == 0
+    assert host.kv_shape(Blocks(2, 3)).first == 1
+    assert host.kv_shape().first == 0
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "llama-tied"])
