@@ -1,34 +1,26 @@
 """Tensor frames: one tensor's bytes and back, without torch and without trust.
 
 `raw` is the tensor's little-endian bytes. `planes` is lossless: byte k of every element goes to
-plane k, and a plane that lz4 shrinks is stored compressed; one that it cannot shrink is stored as
-it is. A plane's stored size tells which: equal to the element count means stored.
+plane k, and each plane is stored as `codec.planes` finds best. `steps` is the same for the integers
+of a quantised tensor (`codec.quantise`).
 
 On floating-point activations the mantissa planes are noise and the sign/exponent plane is not,
-which is why plain lz4 of the whole is worth nothing and this is worth a little.
+which is why plain lz4 of the whole is worth nothing and planes are worth a little.
 """
 
 import math
 from collections.abc import Sequence
 
-import lz4.block
 import numpy as np
-import numpy.typing as npt
 
 from codec.errors import FrameError
 from codec.limits import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TENSORS
 from codec.messages import DType, TensorSpec
-
-Bytes = npt.NDArray[np.uint8]
-Buffer = bytes | bytearray | memoryview
+from codec.planes import Buffer, Bytes, fits, restore, shrink
 
 ITEM_SIZES: dict[DType, int] = {"f32": 4, "bf16": 2, "f16": 2}
 _MIN_PLANES_ELEMENTS = 4096
 """Below this a frame's planes save fewer bytes than their bookkeeping and time are worth."""
-_SAMPLE = 4096
-_WORTH = 0.9
-_LZ4_MAX_RATIO = 256
-"""No lz4 block grows more than 255-fold: a small frame cannot claim a large plane."""
 
 
 def encode_raw(data: Bytes, dtype: DType, shape: tuple[int, ...]) -> tuple[TensorSpec, Buffer]:
@@ -43,20 +35,19 @@ def encode_planes(data: Bytes, dtype: DType, shape: tuple[int, ...]) -> tuple[Te
         return encode_raw(data, dtype, shape)
     columns = data.reshape(elements, ITEM_SIZES[dtype])
     planes = [np.ascontiguousarray(columns[:, k]) for k in range(columns.shape[1])]
-    parts = [_shrunk(plane) for plane in planes]
+    parts = [shrink(plane) for plane in planes]
     sizes = tuple(len(part) for part in parts)
     if sum(sizes) >= data.nbytes:
         return encode_raw(data, dtype, shape)
     return TensorSpec(dtype, shape, "planes", sizes), b"".join(parts)
 
 
-def _shrunk(plane: Bytes) -> Buffer:
-    middle = plane.size // 2
-    sample = plane[middle : middle + _SAMPLE]
-    if len(lz4.block.compress(sample.data, store_size=False)) > _WORTH * sample.size:
-        return plane.data
-    packed: bytes = lz4.block.compress(plane.data, store_size=False)
-    return packed if len(packed) < plane.size else plane.data
+def encode_steps(
+    planes: Bytes, step: float, dtype: DType, shape: tuple[int, ...]
+) -> tuple[TensorSpec, Buffer]:
+    """Quantised codes as byte planes, uint8 `[planes, elements]`, lowest byte first."""
+    parts = [shrink(plane) for plane in planes]
+    return TensorSpec(dtype, shape, "steps", tuple(len(p) for p in parts), step), b"".join(parts)
 
 
 def check_specs(specs: Sequence[TensorSpec], sizes: Sequence[int]) -> None:
@@ -85,39 +76,32 @@ def _check_spec(spec: TensorSpec, size: int) -> int:
         raise FrameError(f"a frame of {size} bytes declares {sum(spec.sizes)}")
     if spec.encoding == "raw" and spec.sizes != (elements * item,):
         raise FrameError(f"shape {spec.shape} of {spec.dtype} takes {elements * item} bytes, not {size}")
-    if spec.encoding == "planes" and (
-        len(spec.sizes) != item
-        or elements == 0
-        or not all(elements <= _LZ4_MAX_RATIO * s and s <= elements for s in spec.sizes)
-    ):
+    if (spec.encoding == "steps") != (spec.step > 0) or not math.isfinite(spec.step):
+        raise FrameError(f"a step of {spec.step} does not go with {spec.encoding}")
+    if spec.encoding == "planes" and (len(spec.sizes) != item or elements == 0):
+        raise FrameError(f"{len(spec.sizes)} planes do not make shape {spec.shape} of {spec.dtype}")
+    if spec.encoding != "raw" and not all(fits(stored, elements) for stored in spec.sizes):
         raise FrameError(f"planes of {spec.sizes} bytes do not make shape {spec.shape} of {spec.dtype}")
-    return max(size, elements * item)
+    return max(size, elements * max(item, len(spec.sizes)))
 
 
 def decode(spec: TensorSpec, frame: Buffer) -> Bytes:
-    """The tensor's flat bytes, uint8 `[elements * item size]`.
+    """The tensor's flat bytes, uint8 `[elements * item size]`, of a lossless frame.
 
     A raw frame is returned as a view of `frame`. Call `check_specs` first: sizes are trusted here.
     Raises `FrameError` if a plane does not decompress to its declared size.
     """
     if spec.encoding == "raw":
         return np.frombuffer(frame, dtype=np.uint8)
-    elements, item = math.prod(spec.shape), ITEM_SIZES[spec.dtype]
-    out = np.empty((elements, item), dtype=np.uint8)
+    return np.ascontiguousarray(decode_planes(spec, frame).T).reshape(-1)
+
+
+def decode_planes(spec: TensorSpec, frame: Buffer) -> Bytes:
+    """A frame's byte planes, uint8 `[planes, elements]`. The same conditions and errors as `decode`."""
+    elements = math.prod(spec.shape)
+    out = np.empty((len(spec.sizes), elements), dtype=np.uint8)
     view, offset = memoryview(frame), 0
     for k, size in enumerate(spec.sizes):
-        out[:, k] = _restored(view[offset : offset + size], elements)
+        out[k] = restore(view[offset : offset + size], elements)
         offset += size
-    return out.reshape(-1)
-
-
-def _restored(part: memoryview, elements: int) -> Bytes:
-    if len(part) == elements:
-        return np.frombuffer(part, dtype=np.uint8)
-    try:
-        plane = lz4.block.decompress(part, uncompressed_size=elements)
-    except (lz4.block.LZ4BlockError, ValueError, OverflowError):
-        raise FrameError("a byte plane is not valid lz4") from None
-    if len(plane) != elements:
-        raise FrameError(f"a byte plane holds {len(plane)} bytes, {elements} were declared")
-    return np.frombuffer(plane, dtype=np.uint8)
+    return out

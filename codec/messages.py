@@ -22,8 +22,8 @@ Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Block = Annotated[int, Meta(ge=0, le=4096)]
 DType = Literal["f32", "bf16", "f16"]
-Encoding = Literal["raw", "planes"]
-Wire = Literal["exact", "bf16", "fp16"]
+Encoding = Literal["raw", "planes", "steps"]
+Wire = Literal["exact", "bf16", "fp16", "steps"]
 Role = Literal["silo", "worker"]
 Lengths = Annotated[
     tuple[Annotated[int, Meta(ge=1, le=MAX_TOKENS)], ...], Meta(min_length=1, max_length=MAX_ROWS)
@@ -35,13 +35,15 @@ Rows = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_ROWS)], ...], Meta(min_l
 class TensorSpec(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One tensor frame: its dtype and shape, and how its bytes are encoded (`codec.frames`).
 
-    `sizes` are the stored bytes of the frame's parts: one for `raw`, one per byte plane for `planes`.
+    `sizes` are the stored bytes of the frame's parts: one for `raw`, one per byte plane otherwise.
+    `step` is the quantisation step of `steps`, and 0 for the lossless encodings.
     """
 
     dtype: DType
     shape: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=MAX_DIMS)]
     encoding: Encoding
     sizes: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=4)]
+    step: Annotated[float, Meta(ge=0)] = 0.0
 
 
 Specs = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]

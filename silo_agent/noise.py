@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codec.errors import UsageError
+from codec.quantise import KAPPA
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,12 @@ class Noise:
                 raise UsageError(f"{seed} is not a 64-bit seed")
             self._generator = torch.Generator(device).manual_seed(seed)
         self._count, self._mean, self._square = 0, 0.0, 0.0
+        self._sigma = 0.0
+
+    @property
+    def step(self) -> float:
+        """The quantisation step that goes with the noise added last; 0 without noise."""
+        return KAPPA * self._sigma
 
     @property
     def off(self) -> bool:
@@ -74,6 +81,7 @@ class Noise:
         if self.off:
             return hidden
         sigma = self._scale.sigma(self._observe(hidden.detach()) if self._scale.relative else 0.0)
+        self._sigma = sigma
         return hidden + (self._normal(hidden) * sigma).to(hidden.dtype)
 
     def _normal(self, like: Tensor) -> Tensor:

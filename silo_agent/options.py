@@ -42,10 +42,10 @@ _OPTIONS = [
     click.option("--noise-seed", type=int, help="Repeat the noise (tests only: removes its protection)."),
     click.option(
         "--wire",
-        type=click.Choice(["exact", "bf16", "fp16"]),
+        type=click.Choice(["exact", "bf16", "fp16", "steps"]),
         default="exact",
         show_default=True,
-        help="How tensors cross: every bit, or cast to 16 bits.",
+        help="How tensors cross: every bit, cast to 16 bits, or quantised to about 6.",
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True),

@@ -80,6 +80,8 @@ class Remote:
         tensors: Sequence[Tensor] = (),
         *,
         wire: Wire = "exact",
+        step: float = 0.0,
+        stochastic: bool = False,
         deadline: float | None = None,
     ) -> int:
         """Send a request and return its number; nothing is awaited.
@@ -89,7 +91,9 @@ class Remote:
         """
         number = next(self._ids)
         kind = str(type(request).__struct_config__.tag)
-        specs, frames = encode_tensors(tensors, wire, kind) if tensors else ((), [])
+        specs, frames = (
+            encode_tensors(tensors, wire, kind, step=step, stochastic=stochastic) if tensors else ((), [])
+        )
         parcel = Parcel.of(msgspec.structs.replace(request, id=number, tensors=specs), frames)
         try:
             # A broker drops the connection of who sends more than this.
@@ -130,13 +134,14 @@ class Remote:
         tensors: Sequence[Tensor] = (),
         *,
         wire: Wire = "exact",
+        step: float = 0.0,
         deadline: float | None = None,
     ) -> Arrival:
         """Send a request and wait for its answer; others that come first are kept for `take`.
 
         Raises as `take` does.
         """
-        number = self.submit(request, tensors, wire=wire, deadline=deadline)
+        number = self.submit(request, tensors, wire=wire, step=step, deadline=deadline)
         while True:
             arrival = self._next(block=True)
             assert arrival is not None

@@ -97,6 +97,6 @@ class Session:
         ids = torch.tensor([token for part in tokens for token in part], dtype=torch.int64)
         sent = self._noise.add(self._ends.head.run(ids, lengths, caches=head))
         request = Extend(session=self._name, rows=tuple(rows), starts=begins, lengths=lengths)
-        (output,) = expect(self._remote.call(request, [sent], wire=self._wire), 1)
+        (output,) = expect(self._remote.call(request, [sent], wire=self._wire, step=self._noise.step), 1)
         last = torch.tensor(lengths).cumsum(0) - 1 if keep is None else keep
         return self._ends.tail.run(output, lengths, caches=tail, keep=last.to(self._ends.device))

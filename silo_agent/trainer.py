@@ -109,7 +109,7 @@ class Trainer:
         with torch.set_grad_enabled(self._trains_head):
             sent = self._noise.add(self._ends.head.run(batch.ids, batch.lengths))
         request = Forward(run=self._run, microbatch=self._next, lengths=batch.lengths)
-        number = self._remote.submit(request, [sent], wire=self._wire)
+        number = self._remote.submit(request, [sent], wire=self._wire, step=self._noise.step)
         self._flights[number] = _Flight(self._next, batch, sent)
         self._next += 1
 
@@ -126,7 +126,8 @@ class Trainer:
         gradient = self._tail(output, flight.batch)
         request = Backward(run=self._run, microbatch=flight.number, wants_gradient=self._trains_head)
         flight.returning = True
-        self._flights[self._remote.submit(request, [gradient], wire=self._wire)] = flight
+        number = self._remote.submit(request, [gradient], wire=self._wire, stochastic=True)
+        self._flights[number] = flight
 
     def _tail(self, output: Tensor, batch: MicroBatch) -> Tensor:
         """Loss and tail backward; the gradient `[T, hidden]` of the summed loss at the trunk's output."""

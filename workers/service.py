@@ -54,6 +54,7 @@ class Reply:
     header: AnyHeader
     tensors: Sequence[Tensor] = ()
     wire: Wire = "exact"
+    stochastic: bool = False
 
 
 class TrunkService:
@@ -104,7 +105,9 @@ class TrunkService:
             case Backward():
                 run = self._run(silo, request.run)
                 gradient = run.backward(silo, request, self._packed(tensors, None))
-                return [self._result(silo, request, [] if gradient is None else [gradient], run.wires[silo])]
+                return [
+                    self._result(silo, request, [] if gradient is None else [gradient], run.wires[silo], True)
+                ]
             case Commit():
                 ends = _named(request.names, tensors)
                 answers = self._run(silo, request.run).commit(silo, request, ends)
@@ -187,8 +190,11 @@ class TrunkService:
             raise MismatchError(f"the lengths sum to {tokens}, the tensor holds {tensors[0].shape[0]} tokens")
         return tensors[0]
 
-    def _result(self, silo: bytes, request: Header, tensors: list[Tensor], wire: Wire) -> Reply:
-        return Reply(silo, Result(id=request.id, seconds=time.monotonic() - self._begun), tensors, wire)
+    def _result(
+        self, silo: bytes, request: Header, tensors: list[Tensor], wire: Wire, gradient: bool = False
+    ) -> Reply:
+        header = Result(id=request.id, seconds=time.monotonic() - self._begun)
+        return Reply(silo, header, tensors, wire, gradient)
 
     def _leave_run(self, silo: bytes, name: str, gone: str | None) -> list[Reply]:
         run = self._runs[name]
@@ -227,7 +233,9 @@ def _encoded(reply: Reply) -> Parcel:
     if not reply.tensors:
         return Parcel.of(reply.header, peer=reply.silo)
     try:
-        specs, frames = encode_tensors(reply.tensors, reply.wire, f"worker's {_kind(reply.header)}")
+        specs, frames = encode_tensors(
+            reply.tensors, reply.wire, f"worker's {_kind(reply.header)}", stochastic=reply.stochastic
+        )
     except FrameError as error:
         trouble = FrameError(error.what, hint=error.hint, side="worker")
         return error_parcel(reply.header.id, trouble).to(reply.silo)
