@@ -65,7 +65,7 @@ def test_outliers_cost_bits_only_where_they_are() -> None:
     spiky = plain.clone()
     spiky[:: 1 << 15] = 10_000.0
     sizes = [memoryview(encode_tensor(t, "steps", "head", step=0.05)[1]).nbytes for t in (plain, spiky)]
-    # One more plane of zeros with eight values in it: lz4 takes it to 1/255 of its bytes, and zstd shifts a little.
+    # One more plane of zeros with eight values in it, which lz4 takes to 1/255; zstd shifts a little.
     assert sizes[1] - sizes[0] < plain.numel() / 100
     assert crossed(spiky, 0.05)[0] == pytest.approx(10_000.0, abs=0.03)
 
