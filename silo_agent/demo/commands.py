@@ -42,7 +42,7 @@ def data_file(clinic: str) -> Path:
 @click.option("--model", default="smollm2-135m", show_default=True, help="tiny needs no download.")
 @click.option("--head", default=2, show_default=True, metavar="P", help="Blocks each silo keeps in front.")
 @click.option("--tail", default=2, show_default=True, metavar="Q", help="Blocks each silo keeps behind.")
-@click.option("--steps", default=12, show_default=True, type=click.IntRange(min=1))
+@click.option("--steps", default=16, show_default=True, type=click.IntRange(min=1))
 @click.option("--noise", default=0.05, show_default=True, help="Noise on what leaves the head.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write what was measured here.")
@@ -88,7 +88,14 @@ def _train(
         silos = []
         for clinic in CLINICS:
             task = progress.add_task(clinic, total=steps, facts="loading")
-            options = [f"--name={clinic}", "--run=clinics", "--silos=2", f"--steps={steps}", "--warmup=2"]
+            options = [
+                f"--name={clinic}",
+                "--run=clinics",
+                "--silos=2",
+                f"--steps={steps}",
+                "--warmup=2",
+                "--batch=3",
+            ]
             options += ["--lr=0.002", f"--data={data_file(clinic)}", f"--out={out / clinic}"]
             options += ["--progress=jsonl", f"--json={files[clinic]}"]
             show = partial(_show_step, progress, task)
