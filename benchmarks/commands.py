@@ -63,7 +63,7 @@ def parity(
         steps=steps,
         ends=ends,
         lora={"targets": named_targets(checkpoint.config, lora_targets)},
-        learning_rate=1e-3,
+        learning_rate=3e-4,
         warmup_steps=2,
         clip_norm=0.5,
         weight_decay=0.01,
