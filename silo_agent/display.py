@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -42,17 +42,15 @@ def step_display(kind: str, steps: int, name: str) -> Iterator[Callable[["StepRe
         task = progress.add_task(name, total=steps, facts="waiting for a worker and the other silos")
 
         def advance(report: "StepReport") -> None:
-            progress.update(task, completed=report.step, facts=step_facts(report))
+            progress.update(task, completed=report.step, facts=step_facts(dataclasses.asdict(report)))
 
         yield advance
 
 
-def step_facts(report: "StepReport") -> str:
-    """A step's figures in one short line."""
-    return (
-        f"loss {report.loss:.3f}  {report.tokens / report.seconds:.0f} tok/s  "
-        f"trunk busy {report.trunk_busy:.0%}"
-    )
+def step_facts(report: Mapping[str, Any]) -> str:
+    """A `StepReport`'s fields in one short line, whether they come from here or from another process."""
+    speed = report["tokens"] / report["seconds"]
+    return f"loss {report['loss']:.3f}  {speed:.0f} tok/s  trunk busy {report['trunk_busy']:.0%}"
 
 
 def stream(_: int, text: str) -> None:

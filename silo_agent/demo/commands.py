@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from codec.errors import TrunklineError
-from silo_agent.display import progress_bar
+from silo_agent.display import progress_bar, step_facts
 from silo_agent.processes import Process, Processes
 from silo_agent.report import write_report
 from workers import catalog
@@ -106,9 +106,7 @@ def _train(
 
 def _show_step(progress: Any, task: Any, line: str) -> None:
     step = json.loads(line)
-    speed = step["tokens"] / step["seconds"]
-    facts = f"loss {step['loss']:.3f}  {speed:.0f} tok/s  trunk busy {step['trunk_busy']:.0%}"
-    progress.update(task, completed=step["step"], facts=facts)
+    progress.update(task, completed=step["step"], facts=step_facts(step))
 
 
 def _ask(processes: Processes, worker: Process, shared: list[str], out: Path) -> dict[str, Any]:
