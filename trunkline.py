@@ -18,6 +18,7 @@ COMMANDS = {
     "silo": ("silo_agent.commands", "silo"),
     "models": ("workers.commands", "models"),
     "bench": ("benchmarks.commands", "bench"),
+    "relay": ("benchmarks.relay_command", "relay"),
 }
 SUMMARIES = {
     "demo": "Broker, worker and two silos on this machine: fine-tune, then generate.",
@@ -26,6 +27,7 @@ SUMMARIES = {
     "silo": "Train, generate, chat and evaluate with private text.",
     "models": "Models that Trunkline knows by name.",
     "bench": "Measure, one question per benchmark.",
+    "relay": "Make the way to a broker slow, for measuring.",
 }
 
 

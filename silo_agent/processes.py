@@ -113,18 +113,29 @@ class Processes:
 
     def broker(self, *arguments: str, timeout: float = 20.0) -> str:
         """Start a broker on a free loopback port and return its endpoint. Raises `LinkError`."""
+        listen = ("broker", "--listen", "tcp://127.0.0.1:0")
+        return self._endpoint("broker", "listening on ", *listen, *arguments, timeout=timeout)
+
+    def relay(self, to: str, *, rtt_ms: float, mbit: float, timeout: float = 20.0) -> str:
+        """Start a relay in front of `to` and return its endpoint. Raises `LinkError`."""
+        shape = ("--rtt-ms", f"{rtt_ms:g}", "--mbit", f"{mbit:g}")
+        arguments = ("relay", "--listen", "tcp://127.0.0.1:0", "--to", to, *shape)
+        return self._endpoint(f"relay-{mbit:g}", "relaying ", *arguments, timeout=timeout)
+
+    def _endpoint(self, name: str, says: str, *arguments: str, timeout: float) -> str:
+        """Start what prints `says` and then where it listens."""
         endpoint: list[str] = []
         listening = threading.Event()
 
         def on_line(line: str) -> None:
-            if line.startswith("listening on "):
-                endpoint.append(line.removeprefix("listening on "))
+            if line.startswith(says):
+                endpoint.append(line.removeprefix(says).split()[0])
                 listening.set()
 
-        process = self.start("broker", "broker", "--listen", "tcp://127.0.0.1:0", *arguments, on_line=on_line)
+        process = self.start(name, *arguments, on_line=on_line)
         deadline = time.monotonic() + timeout
         while not listening.wait(0.05):
             process.check()
             if time.monotonic() > deadline:
-                raise LinkError(f"the broker did not start within {timeout:g} s", hint=process.where())
+                raise LinkError(f"the {name} did not start within {timeout:g} s", hint=process.where())
         return endpoint[0]
