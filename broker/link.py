@@ -16,10 +16,11 @@ import zmq
 from broker.endpoint import check_endpoint, is_ipv6
 from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
 from broker.parcel import Parcel
+from broker.speed import Speed
 from codec.errors import FrameError, LinkError, ProtocolError, TrunklineError
 from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
-from codec.messages import Attach, Error, Leave
+from codec.messages import Attach, Encodings, Error, Leave
 
 _GOODBYE_S = 0.5
 _BURST = 256
@@ -28,6 +29,14 @@ _BURST = 256
 
 class Link(Protocol):
     """A connection to a broker. `send` and `receive` may be called from different threads."""
+
+    @property
+    def speed(self) -> Speed | None:
+        """How fast it is, as far as it was measured."""
+
+    @property
+    def encodings(self) -> Encodings:
+        """What every worker attached to the broker reads."""
 
     def send(self, parcel: Parcel) -> None:
         """Queue a message. Order is kept.
@@ -63,6 +72,16 @@ class ZmqLink:
         self._button.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._thread.start()
+
+    @property
+    def speed(self) -> Speed | None:
+        """See `Link.speed`."""
+        return self._state.meter.speed
+
+    @property
+    def encodings(self) -> Encodings:
+        """See `Link.encodings`."""
+        return self._state.encodings
 
     def send(self, parcel: Parcel) -> None:
         """See `Link.send`."""
@@ -163,7 +182,8 @@ class ZmqLink:
         while self._state.attached and self._outbox:
             if not self._put(socket, self._outbox[0]):
                 return
-            self._state.sent(self._outbox.popleft().header)
+            parcel = self._outbox.popleft()
+            self._act(socket, self._state.sent(parcel.header, parcel.size, time.monotonic()))
 
     def _act(self, socket: "zmq.Socket[bytes]", actions: list[Action]) -> None:
         for action in actions:

@@ -3,8 +3,19 @@
 from dataclasses import dataclass
 
 from broker.parcel import Parcel, error_parcel
+from broker.speed import SpeedMeter
 from codec.errors import LinkError, TrunklineError, UnavailableError, from_code
-from codec.messages import AnyHeader, Attach, Error, Gone, Heartbeat, Request, Welcome
+from codec.messages import (
+    ENCODINGS,
+    AnyHeader,
+    Attach,
+    Encodings,
+    Error,
+    Gone,
+    Heartbeat,
+    Request,
+    Welcome,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,9 @@ class LinkState:
 
     def __init__(self, attach: Attach, endpoint: str, patience: float, now: float) -> None:
         self.attached = False
+        self.encodings: Encodings = ENCODINGS
+        """What the broker said that workers read."""
+        self.meter = SpeedMeter()
         self._known = False
         self._attach = attach
         self._endpoint = endpoint
@@ -57,8 +71,11 @@ class LinkState:
             forgotten = self._known and not self.attached and not header.resumed
             self.attached = self._known = True
             self._heartbeat = header.heartbeat
+            self.encodings = header.encodings
+            self.meter.welcomed(now - self._sent)
             return self._forgotten() if forgotten else []
         if isinstance(header, Heartbeat):
+            self.meter.echoed(header.id, now)
             return []
         if isinstance(header, Error) and header.id == 0:
             if header.code == LinkError.code:
@@ -67,10 +84,11 @@ class LinkState:
         self._waiting.pop(header.id, None)
         return [Deliver(parcel)]
 
-    def sent(self, header: AnyHeader) -> None:
-        """A message of the owner left."""
+    def sent(self, header: AnyHeader, size: int, now: float) -> list[Action]:
+        """A message of the owner left, with `size` bytes of tensors."""
         if isinstance(header, Request):
             self._waiting[header.id] = None
+        return [self._beat(now)] if self.meter.sent(size, now) else []
 
     def unsent(self) -> None:
         """A `Transmit` could not leave: it is repeated at the next tick."""
@@ -86,13 +104,17 @@ class LinkState:
             return self._knock(now) if now - self._sent >= self.RETRY else []
         if now - self._sent >= self._heartbeat:
             self._sent = now
-            return [Transmit(Heartbeat())]
+            return [self._beat(now)]
         return []
+
+    def _beat(self, now: float) -> Transmit:
+        return Transmit(Heartbeat(id=self.meter.beat(now)))
 
     def _lose(self, now: float) -> list[Action]:
         if not self.attached:
             return []  # The broker says it once per message; one attach is on its way already.
         self.attached, self._lost_since = False, now
+        self.meter.forget()
         return self._knock(now)
 
     def _knock(self, now: float) -> list[Action]:

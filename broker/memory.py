@@ -7,8 +7,9 @@ import time
 
 from broker.parcel import Parcel
 from broker.router import Router, Send
+from broker.speed import Speed
 from codec.errors import LinkError, TrunklineError, from_code
-from codec.messages import Attach, Error, Heartbeat, Leave, Welcome
+from codec.messages import ENCODINGS, Attach, Encodings, Error, Heartbeat, Leave, Welcome
 
 
 class MemoryBroker:
@@ -55,6 +56,9 @@ class MemoryLink:
     def __init__(self, broker: MemoryBroker, route: bytes, inbox: "queue.SimpleQueue[Parcel]") -> None:
         self._broker, self._route, self._inbox = broker, route, inbox
         self._closed = False
+        self.encodings: Encodings = ENCODINGS
+        self.speed: Speed | None = None
+        """Nothing is sent anywhere: there is nothing to measure."""
 
     def send(self, parcel: Parcel) -> None:
         """See `broker.link.Link.send`."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from codec.errors import MismatchError, TrunklineError, UnavailableError
-from codec.messages import Attach, Role
+from codec.messages import ENCODINGS, Attach, Encoding, Encodings, Role
 from codec.partition import Span
 from codec.plan import ModelCard
 
@@ -28,6 +28,8 @@ class Peer:
     blocks: Span = field(default_factory=lambda: Span(0, 0))
     load: int = 0
     """Sessions and runs that a worker holds."""
+    encodings: frozenset[Encoding] = frozenset()
+    """What it reads."""
 
 
 def peer_from(route: bytes, attach: Attach, now: float) -> Peer:
@@ -37,18 +39,40 @@ def peer_from(route: bytes, attach: Attach, now: float) -> Peer:
     ):
         raise MismatchError("a worker must say which model and which blocks it hosts", side="worker")
     blocks = Span(attach.start, attach.stop) if attach.role == "worker" else Span(0, 0)
-    return Peer(route, alias_of(attach.peer), attach.role, attach.name, now, attach.model, blocks)
+    return Peer(
+        route=route,
+        alias=alias_of(attach.peer),
+        role=attach.role,
+        name=attach.name,
+        last_heard=now,
+        model=attach.model,
+        blocks=blocks,
+        encodings=frozenset(attach.encodings),
+    )
 
 
-def choose_worker(workers: Iterable[Peer], model: ModelCard, blocks: Span) -> Peer:
-    """The least loaded worker that hosts these blocks of this model.
+def common_encodings(workers: Iterable[Peer]) -> Encodings:
+    """What every one of these workers reads; everything while there is none."""
+    pool = [worker.encodings for worker in workers]
+    return tuple(encoding for encoding in ENCODINGS if all(encoding in reads for reads in pool))
+
+
+def choose_worker(workers: Iterable[Peer], model: ModelCard, blocks: Span, encodings: Encodings) -> Peer:
+    """The least loaded worker that hosts these blocks of this model and reads these encodings.
 
     Raises `UnavailableError` while there is none, `MismatchError` if there are only others.
     """
     pool = list(workers)
-    fitting = [w for w in pool if w.model and not w.model.differs_from(model) and w.blocks.contains(blocks)]
-    if fitting:
-        return min(fitting, key=lambda worker: worker.load)
+    hosting = [w for w in pool if w.model and not w.model.differs_from(model) and w.blocks.contains(blocks)]
+    reading = [worker for worker in hosting if worker.encodings.issuperset(encodings)]
+    if reading:
+        return min(reading, key=lambda worker: worker.load)
+    if hosting:
+        raise MismatchError(
+            f"no worker that hosts {blocks} reads all of {', '.join(encodings)}",
+            side="worker",
+            hint="Choose another --wire, or update the workers.",
+        )
     raise _nobody(pool, model, blocks)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from broker.parcel import Parcel, error_parcel
-from broker.pool import Peer, choose_worker, peer_from
+from broker.pool import Peer, choose_worker, common_encodings, peer_from
 from broker.silo import Hold, Pending, Silo
 from codec.errors import (
     LimitError,
@@ -78,7 +78,7 @@ class Router:
                 return list(_stranger(route, header))
             peer.last_heard = now
             if isinstance(header, Heartbeat):
-                return [Send(route, Parcel.of(Heartbeat()))]
+                return [Send(route, Parcel.of(Heartbeat(id=header.id)))]
             if isinstance(header, Leave):
                 # The answer says that everything before the goodbye was read.
                 return [*self._forget(peer), Send(route, Parcel.of(Leave()))]
@@ -115,7 +115,12 @@ class Router:
         self.peers[route] = self._by_alias[peer.alias] = peer
         if peer.role == "silo":
             self._silos.setdefault(peer.alias, Silo())
-        welcome = Welcome(id=attach.id, heartbeat=self.limits.heartbeat, resumed=before is not None)
+        welcome = Welcome(
+            id=attach.id,
+            heartbeat=self.limits.heartbeat,
+            resumed=before is not None,
+            encodings=common_encodings(self._workers()),
+        )
         return [*sends, Send(route, Parcel.of(welcome))]
 
     def _request(self, peer: Peer, header: Request, parcel: Parcel) -> list[Send]:
@@ -163,7 +168,9 @@ class Router:
     def _home(self, header: OpenSession | OpenRun) -> bytes:
         if isinstance(header, OpenRun) and header.run in self._runs:
             return self._runs[header.run]
-        worker = choose_worker(self._workers(), header.model, Span(header.start, header.stop))
+        worker = choose_worker(
+            self._workers(), header.model, Span(header.start, header.stop), header.encodings
+        )
         worker.load += 1
         if isinstance(header, OpenRun):
             self._runs[header.run] = worker.alias

@@ -22,3 +22,12 @@ MAX_TOKENS = 1 << 20
 
 MAX_REAL = 1e300
 """Rates, norms and the like: finite, and so is the sum of a run's."""
+
+MAX_MASK = 1 << 26
+"""Elements of one attention mask, its rows rounded up to 64: 8192 by 8192."""
+
+MASK_PER_RUN = 32
+"""Elements that a mask's run must tell on average: at `MAX_MASK_WIDTH` bits a run that saves in any case."""
+
+MAX_MASK_WIDTH = 28
+"""Bits of the zigzagged difference between two runs of at most `MAX_MASK`."""

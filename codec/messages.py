@@ -1,29 +1,43 @@
 """The headers: one small typed struct for everything that crosses (docs/protocol.md).
 
 On the wire a header is one byte, the protocol version, and then a msgpack map whose `kind` names
-the struct. Each entry of a header's `tensors` describes one tensor frame that follows it.
+the struct. Each entry of a header's `tensors` describes one tensor frame that follows it; a `mask`
+describes one frame more, the last.
 
 By these types alone no text, token id or label can cross: tensors are floating point, and the
 integers are lengths, positions and counters.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
 from codec.errors import ProtocolError, Side
-from codec.limits import MAX_DIMS, MAX_HEADER_BYTES, MAX_ROWS, MAX_TENSORS, MAX_TOKENS
+from codec.limits import (
+    MASK_PER_RUN,
+    MAX_DIMS,
+    MAX_HEADER_BYTES,
+    MAX_MASK,
+    MAX_MASK_WIDTH,
+    MAX_ROWS,
+    MAX_TENSORS,
+    MAX_TOKENS,
+)
 from codec.plan import LoraPlan, ModelCard, Name, Positive, Real, RunPlan
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Block = Annotated[int, Meta(ge=0, le=4096)]
 DType = Literal["f32", "bf16", "f16"]
-Encoding = Literal["raw", "planes", "steps"]
-Wire = Literal["exact", "bf16", "fp16", "steps"]
+Encoding = Literal["raw", "planes", "steps", "blocks"]
+Wire = Literal["raw", "exact", "bf16", "fp16", "steps", "q8", "q7", "q6", "q5", "q4"]
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
+"""What this side reads and writes, all of it."""
+
+Encodings = Annotated[tuple[Encoding, ...], Meta(max_length=len(ENCODINGS))]
 Role = Literal["silo", "worker"]
 Lengths = Annotated[
     tuple[Annotated[int, Meta(ge=1, le=MAX_TOKENS)], ...], Meta(min_length=1, max_length=MAX_ROWS)
@@ -35,8 +49,9 @@ Rows = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_ROWS)], ...], Meta(min_l
 class TensorSpec(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One tensor frame: its dtype and shape, and how its bytes are encoded (`codec.frames`).
 
-    `sizes` are the stored bytes of the frame's parts: one for `raw`, one per byte plane otherwise.
-    `step` is the quantisation step of `steps`, and 0 for the lossless encodings.
+    `sizes` are the stored bytes of the frame's parts: one for `raw`, one per byte plane for `planes`.
+    `step` is the quantisation step of `steps`, and 0 for other encodings; `outliers` is how many codes
+    of `steps` did not fit a byte.
     """
 
     dtype: DType
@@ -44,6 +59,16 @@ class TensorSpec(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     encoding: Encoding
     sizes: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=4)]
     step: Annotated[float, Meta(ge=0)] = 0.0
+    outliers: Count = 0
+
+
+class MaskSpec(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One mask `[queries, keys]` (`codec.masks`): `runs` runs of `width` bits; bits if both are 0."""
+
+    queries: Annotated[int, Meta(ge=0, le=MAX_MASK)]
+    keys: Annotated[int, Meta(ge=0, le=MAX_MASK)]
+    runs: Annotated[int, Meta(ge=0, le=MAX_MASK // MASK_PER_RUN)]
+    width: Annotated[int, Meta(ge=0, le=MAX_MASK_WIDTH)]
 
 
 Specs = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
@@ -62,12 +87,14 @@ class Header(
 class Attach(Header, frozen=True, tag="attach"):
     """First message of every peer. `peer` is its secret 16-byte identity, kept over reconnects.
 
-    A worker adds its model's card and the blocks `[start, stop)` that it hosts.
+    `encodings` are those it reads. A worker adds its model's card and the blocks `[start, stop)` that
+    it hosts.
     """
 
     role: Role
     name: Name
     peer: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    encodings: Encodings = ENCODINGS
     model: ModelCard | None = None
     start: Block = 0
     stop: Block = 0
@@ -77,14 +104,16 @@ class Welcome(Header, frozen=True, tag="welcome"):
     """The broker's answer to `attach`: beat at least every `heartbeat` seconds.
 
     `resumed` if the broker still knew this peer; otherwise nothing of what it had is left.
+    `encodings` are those that every worker attached now reads: a silo keeps to them.
     """
 
     heartbeat: Positive
     resumed: bool = False
+    encodings: Encodings = ENCODINGS
 
 
 class Heartbeat(Header, frozen=True, tag="heartbeat"):
-    """Sign of life; the broker answers with the same."""
+    """Sign of life; the broker answers with the same, `id` included, so that a peer can time it."""
 
 
 class Leave(Header, frozen=True, tag="leave"):
@@ -101,7 +130,7 @@ class OpenSession(Header, frozen=True, tag="open-session"):
     """Open a generation over blocks `[start, stop)`: `rows` sequences of up to `capacity` tokens.
 
     `adapter` and `names` describe the trunk adapter whose tensors follow; without it the base
-    model answers.
+    model answers. `encodings` are those that the worker must read.
     """
 
     session: Name
@@ -110,20 +139,23 @@ class OpenSession(Header, frozen=True, tag="open-session"):
     stop: Block
     rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
     capacity: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
-    wire: Wire = "exact"
+    encodings: Encodings = ()
     adapter: LoraPlan | None = None
     names: Names = ()
 
 
 class OpenRun(Header, frozen=True, tag="open-run"):
-    """Join a run over blocks `[start, stop)`. All silos must bring the same plan and first adapter."""
+    """Join a run over blocks `[start, stop)`. All silos must bring the same plan and first adapter.
+
+    `encodings` are those that the worker must read.
+    """
 
     run: Name
     model: ModelCard
     start: Block
     stop: Block
     plan: RunPlan
-    wire: Wire = "exact"
+    encodings: Encodings = ()
     names: Names = ()
 
 
@@ -154,32 +186,40 @@ class Extend(Header, frozen=True, tag="extend"):
 
     One tensor `[sum(lengths), hidden]`: the rows' new hidden states, packed. `starts` are the
     positions of each row's first new token; a start below the row's length rolls the row back.
+    `wire` is how the answer is to cross. A `mask` `[T, T]` says which of these tokens see which within
+    a sequence; without it attention is causal.
     """
 
     session: Name
     rows: Rows
     starts: Positions
     lengths: Lengths
+    wire: Wire = "exact"
+    mask: MaskSpec | None = None
 
 
 class Forward(Header, frozen=True, tag="forward"):
     """Training: run a packed micro-batch `[sum(lengths), hidden]` through the trunk and keep the
-    activations for the `backward` of the same `microbatch`."""
+    activations for the `backward` of the same `microbatch`. `wire` is how the answer is to cross,
+    `mask` as in `extend`."""
 
     run: Name
     microbatch: Count
     lengths: Lengths
+    wire: Wire = "exact"
+    mask: MaskSpec | None = None
 
 
 class Backward(Header, frozen=True, tag="backward"):
     """The gradient `[sum(lengths), hidden]` of the summed loss at the trunk's output.
 
-    The answer carries the gradient at the trunk's input if `wants_gradient`.
+    The answer carries the gradient at the trunk's input if `wants_gradient`, and crosses as `wire`.
     """
 
     run: Name
     microbatch: Count
     wants_gradient: bool = True
+    wire: Wire = "exact"
 
 
 class Result(Header, frozen=True, tag="result"):

@@ -1,16 +1,33 @@
 """Torch tensors to frames and back. The broker never imports this module (it needs torch)."""
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from codec.errors import FrameError
-from codec.frames import check_specs, decode, decode_planes, encode_planes, encode_steps
+from codec.frames import (
+    check_specs,
+    decode,
+    decode_outliers,
+    decode_parts,
+    encode_blocks,
+    encode_planes,
+    encode_raw,
+    encode_steps,
+)
 from codec.messages import DType, TensorSpec, Wire
-from codec.planes import Buffer
-from codec.quantise import dequantise, quantise, step_of
+from codec.nibbles import join, split
+from codec.planes import Buffer, Bytes
+from codec.quantise import (
+    Codes,
+    Size,
+    dequantise,
+    dequantise_blocks,
+    quantise,
+    quantise_blocks,
+)
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "f32": torch.float32,
@@ -19,6 +36,15 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 _WIRE_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _CASTS: dict[Wire, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_BLOCK_BITS: dict[Wire, int] = {"q8": 8, "q7": 7, "q6": 6, "q5": 5, "q4": 4}
+
+_MIN_STEP = 1e-30
+"""Numbers far below this are zero to any model; a step must have a reciprocal."""
+
+_LARGEST_BODY = 128
+
+_NIBBLES_FROM = 10.0
+"""Root mean square in steps from which the low nibbles of codes are as good as random."""
 
 
 def encode_tensor(
@@ -26,11 +52,11 @@ def encode_tensor(
 ) -> tuple[TensorSpec, Buffer]:
     """One tensor as a spec and its frame.
 
-    `exact` keeps the dtype and every bit; `bf16` and `fp16` cast first, on the tensor's own device.
-    `steps` quantises there to multiples of `step`, or of a share of the tensor's root mean square
-    if that is 0, with unbiased rounding if `stochastic`: only packed bytes leave a GPU.
-    `boundary` names what is being sent, for errors. Raises `FrameError` if a value is not finite
-    (fp16 overflows at 65504) or the dtype is not in the table.
+    `raw` and `exact` keep the dtype and every bit; `bf16` and `fp16` cast first. `steps` quantises to
+    multiples of `step`, or of a share of the tensor's own size if that is 0; `q8` to `q4` in blocks.
+    `stochastic` rounds without bias. All of this happens on the tensor's own device: only packed
+    bytes leave a GPU. `boundary` names what is being sent, for errors. Raises `FrameError` if a value
+    is not finite (fp16 overflows at 65504) or the dtype is not in the table.
     """
     sent = tensor.detach()
     if wire in _CASTS:
@@ -38,50 +64,107 @@ def encode_tensor(
     name = _WIRE_DTYPES.get(sent.dtype)
     if name is None:
         raise FrameError(f"{boundary}: {sent.dtype} does not cross; {', '.join(_WIRE_DTYPES.values())} do")
-    if not bool(torch.isfinite(sent).all()):
+    shape = tuple(sent.shape)
+    if not sent.numel():
+        return encode_raw(torch.empty(0, dtype=torch.uint8).numpy(), name, shape)
+    size = Size.of(sent)
+    if not math.isfinite(size.norm):
         raise FrameError(
-            f"{boundary}: NaN or infinity in a tensor of shape {tuple(sent.shape)}",
+            f"{boundary}: NaN or infinity in a tensor of shape {shape}",
             hint="Lower the learning rate, or use --wire bf16 if fp16 overflows.",
         )
-    if wire == "steps" and sent.numel():
-        size = step or step_of(sent, stochastic=stochastic)
-        planes = quantise(sent, size, stochastic=stochastic).to("cpu").numpy()
-        return encode_steps(planes, size, name, tuple(sent.shape))
-    flat = sent.to("cpu").contiguous().view(-1).view(torch.uint8) if sent.numel() else torch.empty(0)
-    data = flat.numpy().view(np.uint8)
-    return encode_planes(data, name, tuple(sent.shape))
+    if wire in _BLOCK_BITS:
+        steps, body = quantise_blocks(_flat(sent), _BLOCK_BITS[wire], stochastic=stochastic)
+        return encode_blocks(_planes(body, nibbles=True), _bytes(steps), name, shape)
+    if wire == "steps":
+        width = max(step or size.step(sent.numel(), gradient=stochastic), _MIN_STEP)
+        codes = quantise(_flat(sent), width, size.norm, stochastic=stochastic)
+        if codes is None:
+            return encode_tensor(sent, "bf16", boundary)
+        nibbles = size.norm > _NIBBLES_FROM * width * math.sqrt(sent.numel())
+        outliers = codes.positions.cpu().numpy(), codes.values.cpu().numpy()
+        return encode_steps(_planes(codes.body, nibbles=nibbles), *outliers, width, name, shape)
+    return (encode_raw if wire == "raw" else encode_planes)(_bytes(sent), name, shape)
 
 
-def decode_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], *, boundary: str) -> list[Tensor]:
-    """The tensors of a message on the CPU, each in the dtype it crossed in.
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous().view(-1)
 
-    Raises `FrameError`, naming the boundary, for sizes that lie or values that are not finite.
+
+def _planes(body: Tensor, *, nibbles: bool) -> Bytes:
+    planes: Bytes = (split(body) if nibbles else body[None]).cpu().numpy()
+    return planes
+
+
+def _bytes(tensor: Tensor) -> Bytes:
+    flat: Bytes = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def decode_tensors(
+    specs: Sequence[TensorSpec],
+    frames: Sequence[Buffer],
+    *,
+    boundary: str,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """The tensors of a message on `device`, each in the dtype it crossed in.
+
+    What is packed goes to the device packed. Raises `FrameError`, naming the boundary, for sizes that
+    lie or values that are not finite.
     """
     try:
         check_specs(specs, [memoryview(frame).nbytes for frame in frames])
-        return [_tensor(spec, frame) for spec, frame in zip(specs, frames, strict=True)]
+        where = torch.device(device)
+        return [_tensor(spec, frame, where) for spec, frame in zip(specs, frames, strict=True)]
     except FrameError as error:
         raise FrameError(f"{boundary}: {error.what}", hint=error.hint, side=error.at) from None
 
 
-def _tensor(spec: TensorSpec, frame: Buffer) -> Tensor:
+def _tensor(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tensor:
+    dtype = TORCH_DTYPES[spec.dtype]
     if 0 in spec.shape:
-        return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+        return torch.empty(spec.shape, dtype=dtype, device=device)
     if spec.encoding == "steps":
-        planes = torch.from_numpy(decode_planes(spec, frame))
-        values = dequantise(planes, spec.step).to(TORCH_DTYPES[spec.dtype])
-        return _finite(values.reshape(spec.shape))
-    data = decode(spec, frame)
-    if not data.flags.writeable:
-        # A received frame is read-only memory; torch has no read-only tensors, so this one copy stays.
-        data = data.copy()
-    return _finite(torch.from_numpy(data).view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape))
+        return _from_steps(spec, frame, device).to(dtype).reshape(spec.shape)
+    if spec.encoding == "blocks":
+        tensor = _from_blocks(spec, frame, device).to(dtype)
+    else:
+        tensor = _writable(decode(spec, frame)).view(dtype).to(device)
+    if not math.isfinite(Size.of(tensor).norm):
+        raise FrameError(f"NaN or infinity in a tensor of shape {spec.shape}")
+    return tensor.reshape(spec.shape)
 
 
-def _finite(tensor: Tensor) -> Tensor:
-    if not bool(torch.isfinite(tensor).all()):
-        raise FrameError(f"NaN or infinity in a tensor of shape {tuple(tensor.shape)}")
-    return tensor
+def _from_steps(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tensor:
+    parts = decode_parts(spec, frame)
+    planes, largest = parts, _LARGEST_BODY
+    positions = values = torch.empty(0, dtype=torch.int64)
+    if spec.outliers:
+        planes = parts[:-2]
+        positions, values = map(torch.from_numpy, decode_outliers(spec, parts))
+        largest = max(largest, int(values.abs().max()))
+    if largest * spec.step > torch.finfo(TORCH_DTYPES[spec.dtype]).max:
+        # Told from the largest code: no pass over the values is needed to find them all finite.
+        raise FrameError(f"a code of {largest} steps of {spec.step:.3g} is beyond {spec.dtype}")
+    body = _body(planes, math.prod(spec.shape), device)
+    return dequantise(Codes(body, positions.to(device), values.to(device)), spec.step)
+
+
+def _from_blocks(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tensor:
+    steps, *planes = decode_parts(spec, frame)
+    body = _body(planes, math.prod(spec.shape), device)
+    return dequantise_blocks(body, _writable(steps).view(torch.bfloat16).to(device))
+
+
+def _body(planes: Sequence[Bytes], elements: int, device: torch.device) -> Tensor:
+    tensors = [_writable(plane).to(device) for plane in planes]
+    return tensors[0] if len(tensors) == 1 else join(tensors[0], tensors[1], elements)
+
+
+def _writable(data: Bytes) -> Tensor:
+    # A received frame is read-only memory; torch has no read-only tensors, so this one copy stays.
+    return torch.from_numpy(data if data.flags.writeable else data.copy())
 
 
 def encode_tensors(

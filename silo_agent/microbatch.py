@@ -23,13 +23,15 @@ class MicroBatch:
     """Sequences one after another, without padding.
 
     `ids` int64 `[T]`; `keep` int64 `[K]`, the packed positions whose next token is learned;
-    `targets` int64 `[K]`, those next tokens.
+    `targets` int64 `[K]`, those next tokens. `mask`, bool `[T, T]`, says which tokens of a sequence
+    see which, where that is not causal (a prefix read both ways, say).
     """
 
     ids: Tensor
     lengths: tuple[int, ...]
     keep: Tensor
     targets: Tensor
+    mask: Tensor | None = None
 
 
 def pack_examples(examples: Sequence[Example]) -> MicroBatch:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from silo_agent.noise import Noise, NoiseScale
     from silo_agent.remote import Remote
     from silo_agent.session import Session
+    from silo_agent.wires import Choice, Wires
 
 _OPTIONS = [
     click.option("--broker", required=True, metavar="URL", help="The broker, tcp://127.0.0.1:7555."),
@@ -42,10 +43,11 @@ _OPTIONS = [
     click.option("--noise-seed", type=int, help="Repeat the noise (tests only: removes its protection)."),
     click.option(
         "--wire",
-        type=click.Choice(["exact", "bf16", "fp16", "steps"]),
-        default="exact",
+        type=click.Choice(["auto", *get_args(Wire)]),
+        default="auto",
         show_default=True,
-        help="How tensors cross: every bit, cast to 16 bits, or quantised to about 6.",
+        help="How tensors cross: auto picks for each boundary what is there first; exact and raw keep "
+        "every bit; bf16 and fp16 cast; steps quantises to about 6 bits, q8 to q4 in blocks.",
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True),
@@ -71,7 +73,7 @@ class SiloOptions:
     noise_abs: float
     noise_mean_abs: float
     noise_seed: int | None
-    wire: Wire
+    wire: "Choice"
     device: str
     dtype: str
     name: str
@@ -94,6 +96,7 @@ class Silo:
     tokenizer: "PreTrainedTokenizerBase"
     remote: "Remote"
     noise: "Noise"
+    wires: "Wires"
     stop_tokens: frozenset[int]
 
     def _use(self, saved: "SavedAdapter | None") -> "tuple[LoraPlan, dict[str, Tensor]] | None":
@@ -113,14 +116,14 @@ class Silo:
             rows=rows,
             capacity=capacity,
             noise=self.noise,
-            wire=self.options.wire,
+            wires=self.wires,
             adapter=self._use(saved),
             wait=self.options.wait,
         )
 
-    def traffic(self) -> dict[str, dict[str, int]]:
-        """Tensor bytes and tokens that crossed so far, by boundary."""
-        return dataclasses.asdict(self.remote.traffic)
+    def traffic(self) -> dict[str, Any]:
+        """Tensor bytes and tokens that crossed so far, and what `auto` picked, by boundary."""
+        return {**dataclasses.asdict(self.remote.traffic), "wires": self.wires.report()}
 
 
 def silo_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -148,6 +151,7 @@ def open_silo(options: SiloOptions) -> Iterator[Silo]:
     from silo_agent.ends import Ends
     from silo_agent.noise import Noise
     from silo_agent.remote import Remote, silo_attach
+    from silo_agent.wires import Wires
     from workers.checkpoint import Checkpoint
 
     runtime.quiet_libraries()
@@ -169,6 +173,14 @@ def open_silo(options: SiloOptions) -> Iterator[Silo]:
             tokenizer=tokenizer,
             remote=remote,
             noise=noise,
+            wires=Wires(
+                options.wire,
+                speed=lambda: link.speed,
+                encodings=lambda: link.encodings,
+                noise=options.noise,
+                dtype=dtype,
+                device=device,
+            ),
             stop_tokens=_stop_tokens(checkpoint.ref, tokenizer),
         )
     finally:

@@ -24,6 +24,7 @@ from codec.errors import (
     from_code,
 )
 from codec.frames import check_specs
+from codec.masks import encode_mask
 from codec.messages import Answer, Attach, Error, OpenRun, OpenSession, Request, Wire
 from codec.tensors import decode_tensors, encode_tensors
 
@@ -82,9 +83,10 @@ class Remote:
         wire: Wire = "exact",
         step: float = 0.0,
         stochastic: bool = False,
+        mask: Tensor | None = None,
         deadline: float | None = None,
     ) -> int:
-        """Send a request and return its number; nothing is awaited.
+        """Send a request and return its number; nothing is awaited. A `mask` never crosses dense.
 
         Raises `FrameError` if a tensor cannot cross or is too large, and the link's error if that
         has failed.
@@ -94,13 +96,17 @@ class Remote:
         specs, frames = (
             encode_tensors(tensors, wire, kind, step=step, stochastic=stochastic) if tensors else ((), [])
         )
-        parcel = Parcel.of(msgspec.structs.replace(request, id=number, tensors=specs), frames)
+        fields: dict[str, object] = {"id": number, "tensors": specs}
         try:
             # A broker drops the connection of who sends more than this.
             check_specs(specs, [memoryview(frame).nbytes for frame in frames])
         except FrameError as error:
             hint = "Send fewer tokens at once: lower --batch or --max-length."
             raise FrameError(f"{kind}: {error.what}", hint=hint) from None
+        if mask is not None:
+            fields["mask"], packed = encode_mask(mask.cpu().numpy())
+            frames = [*frames, packed]
+        parcel = Parcel.of(msgspec.structs.replace(request, **fields), frames)
         self.traffic.count(f"{kind} up", parcel.size, _tokens(tensors))
         self._waiting[number] = _Waiting(kind, time.monotonic() + (deadline or self._deadline))
         self._link.send(parcel)
@@ -135,13 +141,14 @@ class Remote:
         *,
         wire: Wire = "exact",
         step: float = 0.0,
+        mask: Tensor | None = None,
         deadline: float | None = None,
     ) -> Arrival:
         """Send a request and wait for its answer; others that come first are kept for `take`.
 
         Raises as `take` does.
         """
-        number = self.submit(request, tensors, wire=wire, step=step, deadline=deadline)
+        number = self.submit(request, tensors, wire=wire, step=step, mask=mask, deadline=deadline)
         while True:
             arrival = self._next(block=True)
             assert arrival is not None

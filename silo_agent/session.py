@@ -8,11 +8,12 @@ from torch import Tensor
 
 from codec.errors import LimitError
 from codec.limits import MAX_ROWS, MAX_TOKENS
-from codec.messages import CloseSession, Extend, OpenSession, Wire
+from codec.messages import CloseSession, Extend, OpenSession
 from codec.plan import LoraPlan
 from silo_agent.ends import Ends
 from silo_agent.noise import Noise
 from silo_agent.remote import Remote, expect
+from silo_agent.wires import Wires
 from workers.kv import RowCache
 
 
@@ -31,21 +32,22 @@ class Session:
         rows: int,
         capacity: int,
         noise: Noise,
-        wire: Wire = "exact",
+        wires: Wires | None = None,
         adapter: tuple[LoraPlan, Mapping[str, Tensor]] | None = None,
         wait: float = 30.0,
     ) -> None:
         """Open it with room for `capacity` tokens a row; `adapter` is the trunk's, by global name.
 
-        Waits up to `wait` seconds for a worker. Raises `LimitError` for more rows or tokens than a
-        session may have, and what `Remote.open` raises.
+        Without `wires` every bit crosses. Waits up to `wait` seconds for a worker. Raises `LimitError`
+        for more rows or tokens than a session may have, and what `Remote.open` raises.
         """
         if not (1 <= rows <= MAX_ROWS and 1 <= capacity <= MAX_TOKENS):
             raise LimitError(
                 f"a session has 1 to {MAX_ROWS} rows of 1 to {MAX_TOKENS} tokens, not {rows} of {capacity}",
                 side="silo",
             )
-        self._ends, self._remote, self._noise, self._wire = ends, remote, noise, wire
+        self._ends, self._remote, self._noise = ends, remote, noise
+        self._wires = wires or Wires("exact")
         self._name = secrets.token_hex(8)
         self.capacity = capacity
         plan, tensors = adapter if adapter else (None, {})
@@ -56,7 +58,7 @@ class Session:
             stop=ends.trunk.stop,
             rows=rows,
             capacity=capacity,
-            wire=wire,
+            encodings=self._wires.needed(),
             adapter=plan,
             names=tuple(tensors),
         )
@@ -79,10 +81,12 @@ class Session:
         *,
         starts: Sequence[int] | None = None,
         keep: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Add `tokens[i]` to row `rows[i]`, at `starts[i]` if given (earlier tokens from there are
         forgotten), and return logits: of each row's last token `[rows, vocabulary]`, or of the
-        packed positions `keep`. After an error it may be called again.
+        packed positions `keep`. `mask`, bool `[T, T]`, says which of these tokens see which, where that
+        is not causal. After an error it may be called again.
 
         Raises `LimitError` if a row is full, and what `Remote.call` raises.
         """
@@ -95,8 +99,16 @@ class Session:
                 cache.rewind(start)
                 cache.check_room(length)
         ids = torch.tensor([token for part in tokens for token in part], dtype=torch.int64)
-        sent = self._noise.add(self._ends.head.run(ids, lengths, caches=head))
-        request = Extend(session=self._name, rows=tuple(rows), starts=begins, lengths=lengths)
-        (output,) = expect(self._remote.call(request, [sent], wire=self._wire, step=self._noise.step), 1)
+        sent = self._noise.add(self._ends.head.run(ids, lengths, caches=head, mask=mask))
+        request = Extend(
+            session=self._name,
+            rows=tuple(rows),
+            starts=begins,
+            lengths=lengths,
+            wire=self._wires.pick("trunk → tail", *sent.shape),
+        )
+        wire = self._wires.pick("head → trunk", *sent.shape)
+        arrival = self._remote.call(request, [sent], wire=wire, step=self._noise.step, mask=mask)
+        (output,) = expect(arrival, 1)
         last = torch.tensor(lengths).cumsum(0) - 1 if keep is None else keep
-        return self._ends.tail.run(output, lengths, caches=tail, keep=last.to(self._ends.device))
+        return self._ends.tail.run(output, lengths, caches=tail, keep=last.to(self._ends.device), mask=mask)

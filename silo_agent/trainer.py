@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codec.errors import ProtocolError
-from codec.messages import Backward, Commit, Committed, Forward, Wire
+from codec.messages import Backward, Commit, Committed, Forward
 from codec.plan import RunPlan
 from silo_agent.ends import Ends
 from silo_agent.microbatch import MicroBatch
 from silo_agent.noise import Noise
 from silo_agent.remote import Arrival, Remote, expect
+from silo_agent.wires import Wires
 from workers.optimizer import PartOptimizer
 
 
@@ -36,6 +37,7 @@ class StepReport:
     learning_rate: float
     trunk_busy: float
     seconds: float
+    wire: str
 
 
 @dataclass(slots=True)
@@ -59,14 +61,18 @@ class Trainer:
         run: str,
         plan: RunPlan,
         noise: Noise,
-        wire: Wire = "exact",
+        wires: Wires | None = None,
         window: int = 4,
         patience: float = 600.0,
         step: int = 0,
     ) -> None:
-        """`window` micro-batches are in flight at most; `patience` bounds the wait for other silos."""
+        """`window` micro-batches are in flight at most; `patience` bounds the wait for other silos.
+
+        Without `wires` every bit crosses.
+        """
         self._ends, self._remote, self._run, self._plan = ends, remote, run, plan
-        self._noise, self._wire, self._window, self._patience = noise, wire, window, patience
+        self._noise, self._window, self._patience = noise, window, patience
+        self._wires = wires or Wires("exact")
         self._optimizer = PartOptimizer(plan, ends.adapter())
         self._trains_head = bool(ends.head_adapter())
         self._flights: dict[int, _Flight] = {}
@@ -103,13 +109,20 @@ class Trainer:
             learning_rate=rate,
             trunk_busy=committed.busy,
             seconds=time.monotonic() - begun,
+            wire=self._wires.summary(),
         )
 
     def _start(self, batch: MicroBatch) -> None:
         with torch.set_grad_enabled(self._trains_head):
-            sent = self._noise.add(self._ends.head.run(batch.ids, batch.lengths))
-        request = Forward(run=self._run, microbatch=self._next, lengths=batch.lengths)
-        number = self._remote.submit(request, [sent], wire=self._wire, step=self._noise.step)
+            sent = self._noise.add(self._ends.head.run(batch.ids, batch.lengths, mask=batch.mask))
+        request = Forward(
+            run=self._run,
+            microbatch=self._next,
+            lengths=batch.lengths,
+            wire=self._wires.pick("trunk → tail", *sent.shape),
+        )
+        wire = self._wires.pick("head → trunk", *sent.shape)
+        number = self._remote.submit(request, [sent], wire=wire, step=self._noise.step, mask=batch.mask)
         self._flights[number] = _Flight(self._next, batch, sent)
         self._next += 1
 
@@ -124,16 +137,22 @@ class Trainer:
         (output,) = expect(arrival, 1)
         _check_shape(output, flight.sent)
         gradient = self._tail(output, flight.batch)
-        request = Backward(run=self._run, microbatch=flight.number, wants_gradient=self._trains_head)
+        request = Backward(
+            run=self._run,
+            microbatch=flight.number,
+            wants_gradient=self._trains_head,
+            wire=self._wires.pick("trunk → head (gradient)", *gradient.shape),
+        )
         flight.returning = True
-        number = self._remote.submit(request, [gradient], wire=self._wire, stochastic=True)
+        wire = self._wires.pick("tail → trunk (gradient)", *gradient.shape)
+        number = self._remote.submit(request, [gradient], wire=wire, stochastic=True)
         self._flights[number] = flight
 
     def _tail(self, output: Tensor, batch: MicroBatch) -> Tensor:
         """Loss and tail backward; the gradient `[T, hidden]` of the summed loss at the trunk's output."""
         tail = self._ends.tail
         leaf = output.to(tail.device, tail.dtype).requires_grad_()
-        logits = tail.run(leaf, batch.lengths, keep=batch.keep.to(tail.device)).float()
+        logits = tail.run(leaf, batch.lengths, keep=batch.keep.to(tail.device), mask=batch.mask).float()
         loss = F.cross_entropy(logits, batch.targets.to(tail.device), reduction="sum")
         loss.backward()
         self._loss += loss.item()

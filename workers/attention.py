@@ -28,6 +28,8 @@ class Packing:
 
     lengths: tuple[int, ...]
     caches: Sequence[RowCache] | None = None
+    mask: Tensor | None = None
+    """Bool `[T, T]`, which new tokens see which, read within each sequence; causal without it."""
 
 
 def packed_attention(
@@ -53,7 +55,8 @@ def packed_attention(
         query, key, value = query_1HTD[:, :, here], key_1GTD[:, :, here], value_1GTD[:, :, here]
         if packing.caches is not None:
             key, value = packing.caches[index].append(cast("int", module.layer_idx), key, value)
-        outputs.append(_attend(query, key, value, scaling, dropout, sliding_window, softcap))
+        seen = None if packing.mask is None else packing.mask[here, here]
+        outputs.append(_attend(query, key, value, scaling, dropout, sliding_window, softcap, seen))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return joined.transpose(1, 2), None
 
@@ -66,17 +69,18 @@ def _attend(
     dropout: float,
     window: int | None,
     softcap: float | None,
+    seen_MM: Tensor | None,
 ) -> Tensor:
-    """One sequence: M new tokens, the last of its N, attend to all N keys causally."""
+    """One sequence: M new tokens, the last of its N, attend to all N keys, causally or as they are told."""
     new, total = query_1HMD.shape[2], key_1GND.shape[2]
     windowed = window is not None and total > window
     if softcap is not None:
-        mask = None if new == 1 and not windowed else _mask(new, total, window, query_1HMD.device)
+        mask = None if new == 1 and not windowed else _mask(new, total, window, query_1HMD.device, seen_MM)
         return _softcapped(query_1HMD, key_1GND, value_1GND, scaling, dropout, softcap, mask)
     if new == 1 and not windowed:
         return _one_token(query_1HMD, key_1GND, value_1GND, scaling)
-    causal = new == total and not windowed
-    mask = None if causal else _mask(new, total, window, query_1HMD.device)
+    causal = new == total and not windowed and seen_MM is None
+    mask = None if causal else _mask(new, total, window, query_1HMD.device, seen_MM)
     return F.scaled_dot_product_attention(
         query_1HMD,
         key_1GND,
@@ -100,11 +104,16 @@ def _one_token(query_1H1D: Tensor, key_1GND: Tensor, value_1GND: Tensor, scaling
     return out.reshape(1, heads, 1, dim)
 
 
-def _mask(new: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool `[new, total]`, True where a query may look: causal, and within the window if any."""
+def _mask(
+    new: int, total: int, window: int | None, device: torch.device, seen_MM: Tensor | None = None
+) -> Tensor:
+    """Bool `[new, total]`, True where a query may look: causal or as told, and within the window if any."""
     at = torch.arange(total - new, total, device=device)[:, None]
     to = torch.arange(total, device=device)[None, :]
-    seen = to <= at
+    if seen_MM is None:
+        seen = to <= at
+    else:
+        seen = torch.cat((seen_MM.new_ones(new, total - new), seen_MM), dim=1)
     return seen if window is None else seen & (to > at - window)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from broker.parcel import error_parcel
 from codec import partition
 from codec.errors import LimitError, MismatchError, TrunklineError, UnknownNameError
-from codec.messages import AnyHeader, Backward, Commit, Committed, Forward, Wire
+from codec.messages import AnyHeader, Backward, Commit, Committed, Forward
 from codec.plan import RunPlan
 from workers.ledger import Ledger
 from workers.lora import adapter_tensors, add_adapter, drop_adapter, load_adapter, use_adapter
@@ -52,11 +52,8 @@ class TrunkRun:
         self._ends: dict[bytes, dict[str, Tensor]] = {}
         self._since = time.monotonic()
         self._busy = 0.0
-        self.wires: dict[bytes, Wire] = {}
 
-    def join(
-        self, silo: bytes, plan: RunPlan, blocks: partition.Span, wire: Wire, initial: Mapping[str, Tensor]
-    ) -> None:
+    def join(self, silo: bytes, plan: RunPlan, blocks: partition.Span, initial: Mapping[str, Tensor]) -> None:
         """Admit a silo with its partition. Raises `MismatchError` for another plan or first adapter."""
         if blocks != self._blocks:
             raise MismatchError(
@@ -70,9 +67,8 @@ class TrunkRun:
                 "this run was opened with another first adapter", hint="Resume every silo from the same one."
             )
         self.ledger.join(silo, plan)
-        self.wires[silo] = wire
 
-    def forward(self, silo: bytes, request: Forward, packed: Tensor) -> Tensor:
+    def forward(self, silo: bytes, request: Forward, packed: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states `[T, hidden]` through the trunk; activations are kept for `backward`."""
         self.ledger.check(silo)
         if len(self._kept) >= _MAX_KEPT:
@@ -80,7 +76,7 @@ class TrunkRun:
         begun = time.monotonic()
         use_adapter(self._span, self._key)
         entry = packed.to(self._span.device, self._span.dtype).requires_grad_()
-        result = self._span.run(entry, request.lengths, blocks=self._blocks)
+        result = self._span.run(entry, request.lengths, blocks=self._blocks, mask=mask)
         self._kept[silo, request.microbatch] = entry, result
         self._busy += time.monotonic() - begun
         return result.detach()
@@ -187,7 +183,6 @@ class TrunkRun:
         """A silo closed the run (`name` None) or is gone; returns the commits that wait in vain."""
         for kept in [kept for kept in self._kept if kept[0] == silo]:
             del self._kept[kept]
-        self.wires.pop(silo, None)
         self._ends.clear()
         return self.ledger.leave(silo, "another silo" if name is None else f"silo {name!r}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import msgspec
+import torch
 from torch import Tensor
 
 from broker.parcel import Parcel, error_parcel
@@ -19,6 +20,7 @@ from codec.errors import (
     UnknownNameError,
 )
 from codec.logs import Log
+from codec.masks import decode_mask
 from codec.messages import (
     Adapter,
     AnyHeader,
@@ -31,7 +33,6 @@ from codec.messages import (
     Forward,
     GetAdapter,
     Gone,
-    Header,
     Opened,
     OpenRun,
     OpenSession,
@@ -76,9 +77,13 @@ class TrunkService:
             if isinstance(header, Gone):
                 replies = self._gone(parcel.peer, header)
             elif isinstance(header, Request):
-                tensors = decode_tensors(header.tensors, parcel.buffers(), boundary=f"silo's {_kind(header)}")
+                frames = parcel.buffers()
+                mask = _mask(header, frames)
+                tensors = decode_tensors(
+                    header.tensors, frames, boundary=f"silo's {_kind(header)}", device=self._span.device
+                )
                 self._begun = time.monotonic()
-                replies = self._dispatch(parcel.peer, header, tensors)
+                replies = self._dispatch(parcel.peer, header, tensors, mask)
             else:
                 return []
             return [_encoded(reply) for reply in replies]
@@ -91,23 +96,24 @@ class TrunkService:
             )
             return [error_parcel(header.id, trouble).to(parcel.peer)]
 
-    def _dispatch(self, silo: bytes, request: Request, tensors: list[Tensor]) -> list[Reply]:
+    def _dispatch(
+        self, silo: bytes, request: Request, tensors: list[Tensor], mask: Tensor | None
+    ) -> list[Reply]:
         match request:
             case Extend():
                 session = self._session(silo, request.session)
                 packed = self._packed(tensors, sum(request.lengths))
-                result = session.extend(request, packed)
-                return [self._result(silo, request, [result], session.wire)]
+                result = session.extend(request, packed, mask)
+                return [self._result(silo, request, [result])]
             case Forward():
                 run = self._run(silo, request.run)
-                result = run.forward(silo, request, self._packed(tensors, sum(request.lengths)))
-                return [self._result(silo, request, [result], run.wires[silo])]
+                packed = self._packed(tensors, sum(request.lengths))
+                result = run.forward(silo, request, packed, mask)
+                return [self._result(silo, request, [result])]
             case Backward():
                 run = self._run(silo, request.run)
                 gradient = run.backward(silo, request, self._packed(tensors, None))
-                return [
-                    self._result(silo, request, [] if gradient is None else [gradient], run.wires[silo], True)
-                ]
+                return [self._result(silo, request, [] if gradient is None else [gradient])]
             case Commit():
                 ends = _named(request.names, tensors)
                 answers = self._run(silo, request.run).commit(silo, request, ends)
@@ -155,7 +161,7 @@ class TrunkService:
         if run is None:
             run = TrunkRun(self._span, f"a{next(self._keys)}", request.plan, blocks, initial)
             self._runs[request.run] = run
-        run.join(silo, request.plan, blocks, request.wire, initial)
+        run.join(silo, request.plan, blocks, initial)
         self._log.say("silo joined run", run=request.run, silos=len(run.ledger.members))
         return Reply(silo, Opened(id=request.id, step=run.ledger.step))
 
@@ -190,11 +196,9 @@ class TrunkService:
             raise MismatchError(f"the lengths sum to {tokens}, the tensor holds {tensors[0].shape[0]} tokens")
         return tensors[0]
 
-    def _result(
-        self, silo: bytes, request: Header, tensors: list[Tensor], wire: Wire, gradient: bool = False
-    ) -> Reply:
+    def _result(self, silo: bytes, request: Extend | Forward | Backward, tensors: list[Tensor]) -> Reply:
         header = Result(id=request.id, seconds=time.monotonic() - self._begun)
-        return Reply(silo, header, tensors, wire, gradient)
+        return Reply(silo, header, tensors, request.wire, isinstance(request, Backward))
 
     def _leave_run(self, silo: bytes, name: str, gone: str | None) -> list[Reply]:
         run = self._runs[name]
@@ -216,6 +220,21 @@ class TrunkService:
             self._sessions.pop(key).close()
         joined = [(n, m) for n, run in self._runs.items() for m in run.ledger.members if silo in (m, b"")]
         return [reply for name, member in joined for reply in self._leave_run(member, name, header.name)]
+
+
+def _mask(request: Request, frames: list[memoryview]) -> Tensor | None:
+    """The request's mask, bool `[T, T]`, if it has one; its frame, the last, is taken off `frames`.
+
+    Raises `MismatchError` and `FrameError`.
+    """
+    if not isinstance(request, Extend | Forward) or request.mask is None:
+        return None
+    tokens, spec = sum(request.lengths), request.mask
+    if (spec.queries, spec.keys) != (tokens, tokens):
+        raise MismatchError(f"a mask of {spec.queries} by {spec.keys} for {tokens} tokens")
+    if not frames:
+        raise FrameError("a mask is declared, and no frame follows")
+    return torch.from_numpy(decode_mask(spec, frames.pop()))
 
 
 def _named(names: tuple[str, ...], tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ class TrunkSession:
         self._blocks = partition.Span(opening.start, opening.stop)
         shape = span.kv_shape(self._blocks)
         self._rows = [RowCache(shape, opening.capacity) for _ in range(opening.rows)]
-        self.wire = opening.wire
         self.bytes = session_bytes(span, opening)
         if opening.adapter is not None:
             add_adapter(span, key, opening.adapter, seed=0, blocks=self._blocks)
@@ -34,7 +33,7 @@ class TrunkSession:
                 raise
 
     @torch.no_grad()
-    def extend(self, request: Extend, packed: Tensor) -> Tensor:
+    def extend(self, request: Extend, packed: Tensor, mask: Tensor | None) -> Tensor:
         """Run the rows' new tokens, hidden states `[T, hidden]`, through trunk and caches."""
         counts = {len(request.rows), len(request.starts), len(request.lengths)}
         if len(counts) != 1 or len(set(request.rows)) != len(request.rows):
@@ -53,7 +52,7 @@ class TrunkSession:
                 cache.length = length
             raise
         use_adapter(self._span, self._key)
-        return self._span.run(packed, request.lengths, caches=caches, blocks=self._blocks)
+        return self._span.run(packed, request.lengths, caches=caches, blocks=self._blocks, mask=mask)
 
     def close(self) -> None:
         """Free the adapter; the caches go with the session."""

@@ -137,21 +137,23 @@ class Span:
         caches: Sequence[RowCache] | None = None,
         blocks: partition.Span | None = None,
         keep: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Run packed sequences through the span, or through its part `blocks`.
 
         `packed` is int64 `[T]` token ids if the span embeds, else `[T, hidden]`, with
         `T = sum(lengths)`. With `caches`, one per sequence, the tokens continue what each cache
-        holds, and the caches advance. Returns `[T, hidden]`; from a span that predicts, logits
-        `[len(keep), vocabulary]` of the packed positions `keep` (all if None). Raises `LimitError`
-        if a cache has no room; nothing has happened then.
+        holds, and the caches advance. `mask`, bool `[T, T]`, says which new tokens of a sequence see
+        which, where that is not causal; cached tokens are always seen. Returns `[T, hidden]`; from a
+        span that predicts, logits `[len(keep), vocabulary]` of the packed positions `keep` (all if
+        None). Raises `LimitError` if a cache has no room; nothing has happened then.
         """
         for cache, length in zip(caches or (), lengths, strict=bool(caches)):
             cache.check_room(length)
         starts = [cache.length for cache in caches] if caches else [0] * len(lengths)
         arguments: dict[str, object] = {
             "position_ids": positions(starts, lengths, self.device)[None],
-            "packing": Packing(tuple(lengths), caches),
+            "packing": Packing(tuple(lengths), caches, None if mask is None else mask.to(self.device)),
             "use_cache": False,
         }
         if self._embeds:

@@ -8,6 +8,7 @@ from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
 from broker.parcel import Parcel
 from codec.errors import LinkError, ProtocolError, UnavailableError
 from codec.messages import (
+    ENCODINGS,
     AnyHeader,
     Attach,
     CloseSession,
@@ -96,16 +97,16 @@ def test_it_beats_as_often_as_the_broker_asks(heartbeat: float) -> None:
     for i in range(1, 101):
         now = i / 10
         for action in state.tick(now):
-            assert action == Transmit(Heartbeat())
             beats += 1
-            assert hears(state, Heartbeat(), now) == []
+            assert action == Transmit(Heartbeat(id=beats))
+            assert hears(state, Heartbeat(id=beats), now) == []
     assert beats == pytest.approx(10.0 / heartbeat, rel=0.25)
     assert state.attached
 
 
 def test_silence_is_a_loss() -> None:
     state = attached()
-    assert state.tick(LinkState.SILENCE) == [Transmit(Heartbeat())]
+    assert state.tick(LinkState.SILENCE) == [Transmit(Heartbeat(id=1))]
     assert state.attached
     assert state.tick(LinkState.SILENCE + 0.1) == [Transmit(SILO)]
     assert not state.attached
@@ -165,8 +166,8 @@ def test_a_broker_that_forgot_a_silo_will_not_answer_it() -> None:
     """The requests on their way are answered here: nobody else knows of them."""
     state = attached()
     for number in (1, 2, 3):
-        state.sent(CloseSession(id=number, session="s"))
-    state.sent(Leave())
+        state.sent(CloseSession(id=number, session="s"), 0, 0.0)
+    state.sent(Leave(), 0, 0.0)
     hears(state, Done(id=2), 1.0)
     hears(state, NOT_ATTACHED, 2.0)
     errors = hears(state, Welcome(heartbeat=1.0), 2.1)
@@ -182,7 +183,7 @@ def test_a_broker_that_forgot_a_silo_will_not_answer_it() -> None:
 
 def test_a_broker_that_remembers_still_answers() -> None:
     state = attached()
-    state.sent(CloseSession(id=1, session="s"))
+    state.sent(CloseSession(id=1, session="s"), 0, 0.0)
     hears(state, NOT_ATTACHED, 2.0)
     assert hears(state, Welcome(heartbeat=1.0, resumed=True), 2.1) == []
 
@@ -196,7 +197,7 @@ def test_the_first_welcome_loses_nothing() -> None:
 
 def test_a_repeated_welcome_loses_nothing() -> None:
     state = attached()
-    state.sent(CloseSession(id=1, session="s"))
+    state.sent(CloseSession(id=1, session="s"), 0, 0.0)
     assert hears(state, Welcome(heartbeat=1.0), 0.2) == []
 
 
@@ -212,7 +213,7 @@ def test_a_forgotten_worker_frees_what_every_silo_held() -> None:
 def test_a_fresh_open_counts_as_on_its_way() -> None:
     state = attached()
     card = ModelCard(name="m", fingerprint="f", blocks=6, hidden=4)
-    state.sent(OpenSession(id=8, session="s", model=card, start=0, stop=6, rows=1, capacity=1))
+    state.sent(OpenSession(id=8, session="s", model=card, start=0, stop=6, rows=1, capacity=1), 0, 0.0)
     hears(state, NOT_ATTACHED, 2.0)
     (action,) = hears(state, Welcome(heartbeat=1.0), 2.1)
     assert delivered(action).id == 8
@@ -229,3 +230,26 @@ def delivered(action: Any) -> Error:
     assert isinstance(action, Deliver)
     assert isinstance(action.parcel.header, Error)
     return action.parcel.header
+
+
+def test_a_large_message_is_chased_by_a_heartbeat_that_times_it() -> None:
+    state = begun()
+    state.tick(0.0)
+    hears(state, Welcome(heartbeat=1.0), 0.08)
+    assert state.meter.speed is None
+    state.tick(1.0)
+    hears(state, Heartbeat(id=1), 1.05)
+    assert state.sent(CloseSession(id=1, session="s"), 100, 1.1) == []
+    (action,) = state.sent(CloseSession(id=2, session="s"), 1_000_000, 1.1)
+    assert action == Transmit(Heartbeat(id=2))
+    assert hears(state, Heartbeat(id=2), 1.25) == []
+    assert state.meter.speed is not None
+    assert state.meter.speed.rtt == pytest.approx(0.05)
+    assert state.meter.speed.rate == pytest.approx(1_000_100 / 0.1)
+
+
+def test_what_workers_read_is_known_from_the_welcome() -> None:
+    state = begun()
+    assert state.encodings == ENCODINGS
+    hears(state, Welcome(heartbeat=1.0, encodings=("raw",)), 0.0)
+    assert state.encodings == ("raw",)

@@ -9,7 +9,6 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from codec.errors import FrameError
 from codec.frames import ITEM_SIZES, check_specs, decode, encode_planes, encode_raw
 from codec.limits import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TENSORS
 from codec.messages import DType, TensorSpec
+from codec.planes import zstd
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -143,7 +143,7 @@ def test_a_planes_frame_is_read_as_written_down(coder: int) -> None:
     """Plane by plane, lowest byte first: element i is (plane 0 [i], plane 1 [i]); 0 is lz4, 1 zstd."""
     packed = {
         0: lz4.block.compress(b"\x3f" * 4096, store_size=False),
-        1: zstandard.ZstdCompressor(level=19).compress(b"\x3f" * 4096),
+        1: zstd.compress(b"\x3f" * 4096, level=19),
     }
     high = bytes([coder]) + packed[coder]
     low = bytes(range(256)) * 16
@@ -197,6 +197,26 @@ LIES = {
         1024,
     ),
     "planes, one over what lz4 can": (TensorSpec("bf16", (256 * 512 + 1,), "planes", (512, 512)), 1024),
+    "steps, without a step": (TensorSpec("f32", (4,), "steps", (4,), 0.0), 4),
+    "steps, of infinity": (TensorSpec("f32", (4,), "steps", (4,), math.inf), 4),
+    "steps, of a raw frame": (TensorSpec("f32", (4,), "raw", (16,), 0.5), 16),
+    "steps, of nothing": (TensorSpec("f32", (0,), "steps", (4,), 0.5), 4),
+    "steps, an empty plane": (TensorSpec("f32", (4,), "steps", (0,), 0.5), 0),
+    "steps, a terabyte": (TensorSpec("f32", (TERABYTE,), "steps", (512, 512), 0.5), 1024),
+    "steps, three planes": (TensorSpec("f32", (8,), "steps", (4, 4, 4), 0.5), 12),
+    "steps, outliers without their parts": (TensorSpec("f32", (8,), "steps", (4, 4), 0.5, 1), 8),
+    "steps, parts without outliers": (TensorSpec("f32", (8,), "steps", (4, 4, 4, 4), 0.5), 16),
+    "steps, more outliers than elements": (TensorSpec("f32", (8,), "steps", (8, 36, 36), 0.5, 9), 80),
+    "steps, a million outliers in a kilobyte": (
+        TensorSpec("f32", (1 << 20,), "steps", (512, 256, 256), 0.5, 1 << 20),
+        1024,
+    ),
+    "planes, with outliers": (TensorSpec("bf16", (8,), "planes", (8, 8), 0.0, 1), 16),
+    "blocks, with a step": (TensorSpec("f32", (64,), "blocks", (2, 64), 0.5), 66),
+    "blocks, with outliers": (TensorSpec("f32", (64,), "blocks", (2, 64), 0.0, 1), 66),
+    "blocks, without steps": (TensorSpec("f32", (64,), "blocks", (64,)), 64),
+    "blocks, too few steps": (TensorSpec("f32", (65,), "blocks", (1, 65)), 66),
+    "blocks, a terabyte": (TensorSpec("f32", (TERABYTE,), "blocks", (512, 512)), 1024),
     "over the limit": (
         TensorSpec("f32", (MAX_FRAME_BYTES // 4 + 1,), "raw", (MAX_FRAME_BYTES + 4,)),
         MAX_FRAME_BYTES + 4,

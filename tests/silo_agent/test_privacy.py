@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from broker.parcel import Parcel
-from codec.messages import Backward, Commit, Extend, Forward, OpenRun, OpenSession, Result
+from codec.messages import Backward, Commit, Extend, Forward, OpenRun, OpenSession, Result, Wire
 from codec.plan import LoraPlan, RunPlan
 from codec.tensors import decode_tensors, encode_tensors
 from silo_agent.data import chat_examples, prompt_ids, read_chats
 from silo_agent.generation import generate
 from silo_agent.microbatch import batches
 from silo_agent.noise import Noise, NoiseScale
+from silo_agent.wires import Wires
 
 RUN = 8
 """So many bytes, or consecutive token ids, cannot be there by chance."""
@@ -153,11 +154,16 @@ def test_a_tokens_bytes_do_not_grow_with_the_context(
     assert not any(tensors(p) for p in pool.broker.passed if not isinstance(p.header, Extend | Result))
 
 
-def test_the_wire_halves_what_a_token_takes(pool: Any) -> None:
-    sizes = {}
-    for wire in ("exact", "bf16", "fp16"):
+def test_the_wire_says_what_a_token_takes_both_ways(pool: Any) -> None:
+    sizes: dict[Wire, set[int]] = {}
+    wires: tuple[Wire, ...] = ("raw", "exact", "bf16", "fp16", "steps", "q8")
+    for wire in wires:
         pool.broker.passed.clear()
-        with pool.session(wire=wire) as session:
+        with pool.session(wires=Wires(wire)) as session:
             session.extend([0], [[5, 6, 7]])
         sizes[wire] = {parcel.size for parcel in [*pool.sent(Extend), *pool.sent(Result)]}
-    assert sizes == {"exact": {3 * HIDDEN * 4}, "bf16": {3 * HIDDEN * 2}, "fp16": {3 * HIDDEN * 2}}
+    values = 3 * HIDDEN
+    assert sizes["raw"] == sizes["exact"] == {values * 4}
+    assert sizes["bf16"] == sizes["fp16"] == {values * 2}
+    assert all(size < values * 1.3 for size in sizes["steps"])
+    assert sizes["q8"] == {values + 2 * values // 64}

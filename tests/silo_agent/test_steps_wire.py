@@ -12,6 +12,7 @@ from codec.plan import RunPlan
 from silo_agent.microbatch import MicroBatch
 from silo_agent.noise import Noise, NoiseScale
 from silo_agent.trainer import Trainer
+from silo_agent.wires import Wires
 
 PLAN = RunPlan(steps=6, learning_rate=5e-3)
 
@@ -20,10 +21,12 @@ def losses(pool: Any, batches: list[MicroBatch], wire: Wire, scale: NoiseScale) 
     ends, remote = pool.ends(), pool.remote()
     ends.adapt(PLAN.lora, PLAN.seed)
     span = {"start": ends.trunk.start, "stop": ends.trunk.stop}
-    remote.open(OpenRun(run="run", model=ends.card, plan=PLAN, wire=wire, **span), [], wait=5)
+    remote.open(
+        OpenRun(run="run", model=ends.card, plan=PLAN, encodings=Wires(wire).needed(), **span), [], wait=5
+    )
     with pytest.warns(UserWarning, match="fixed noise seed") if scale.absolute else nullcontext():
         noise = Noise(scale, seed=3 if scale.absolute else None)
-    trainer = Trainer(ends, remote, run="run", plan=PLAN, noise=noise, wire=wire)
+    trainer = Trainer(ends, remote, run="run", plan=PLAN, noise=noise, wires=Wires(wire))
     return [trainer.step(batches).loss for _ in range(PLAN.steps)]
 
 
@@ -59,7 +62,7 @@ def test_a_session_decodes_on_quantised_boundaries(new_pool: Callable[[], Any], 
     ids = tiny.ids("a short note about a patient")
     with new_pool() as pool:
         pool.start_worker()
-        with pool.session(wire="steps") as session:
+        with pool.session(wires=Wires("steps")) as session:
             session.extend([0], [ids[:-1]])
             logits = session.extend([0], [ids[-1:]])
         expected = tiny.logits(ids)[-1]

@@ -542,9 +542,10 @@ def test_a_fetched_adapter_is_not_changed_by_the_next_step(busy: Office) -> None
 
 
 def test_an_answer_that_cannot_cross_is_an_error_of_the_workers(office: Office) -> None:
-    office.open_session(NORTH, wire="fp16")
+    office.open_session(NORTH)
     office.open_session(SOUTH)
-    error = office.ask(NORTH, extend([0], [0], [1]), [hidden(1) * 1e6])
+    narrow = msgspec.structs.replace(extend([0], [0], [1]), wire="fp16")
+    error = office.ask(NORTH, narrow, [hidden(1) * 1e6])
     assert (error.code, error.side) == ("frame", "worker")
     assert "worker's result" in error.what
     assert "bf16" in error.hint

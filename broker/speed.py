@@ -1,0 +1,88 @@
+"""How fast a link is, from the heartbeats that follow large messages. No sockets, no clock.
+
+A heartbeat sent right behind a message reaches the broker when the message has, and its echo tells
+when that was. As in BBR (Cardwell et al., ACM Queue 14(5), 2016) the round trip is the least and the
+rate the greatest of the recent samples: waiting anywhere only makes a link look slower.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+_ROUND_TRIPS = 30
+_RATES = 8
+_SURE_S = 5e-4
+"""What lies below is jitter: a message that took less was too small to measure this link."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """A link's round trip in seconds, and its rate towards the broker in bytes per second.
+
+    The rate is infinite while nothing was large enough to take time.
+    """
+
+    rtt: float
+    rate: float
+
+
+class SpeedMeter:
+    """Times heartbeats against the bytes that went before them."""
+
+    CHASE = 8192
+    """Bytes that are worth a heartbeat of their own."""
+
+    def __init__(self) -> None:
+        self._round_trips: deque[float] = deque(maxlen=_ROUND_TRIPS)
+        self._rates: deque[float] = deque(maxlen=_RATES)
+        self._number = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """The connection was lost: nothing that is under way will be echoed."""
+        self._bytes, self._since = 0, 0.0
+        self._light: dict[int, float] = {}
+        self._chase = (0, 0, 0.0)
+
+    @property
+    def speed(self) -> Speed | None:
+        """What is known; None before a large message was timed."""
+        if not self._rates or not self._round_trips:
+            return None
+        measured = [rate for rate in self._rates if math.isfinite(rate)]
+        return Speed(min(self._round_trips), max(measured, default=math.inf))
+
+    def welcomed(self, seconds: float) -> None:
+        """The answer to the attach took `seconds`: a first round trip."""
+        self._round_trips.append(seconds)
+
+    def sent(self, size: int, now: float) -> bool:
+        """A message of `size` bytes was handed to the socket; whether to send a heartbeat behind it."""
+        if not self._bytes:
+            self._since = now
+        self._bytes += size
+        # One at a time: what is sent meanwhile counts for the next.
+        return self._bytes >= self.CHASE and not self._chase[0]
+
+    def beat(self, now: float) -> int:
+        """The number for a heartbeat that is sent now."""
+        self._number += 1
+        if self._bytes >= self.CHASE and not self._chase[0]:
+            self._chase = (self._number, self._bytes, self._since)
+            self._bytes = 0
+        elif not self._bytes and not self._chase[0]:
+            # Nothing of ours is in its way: it measures the round trip.
+            self._light = {self._number: now}
+        return self._number
+
+    def echoed(self, number: int, now: float) -> None:
+        """The broker answered heartbeat `number`; one that is not known is passed over."""
+        if (begun := self._light.pop(number, None)) is not None:
+            self._round_trips.append(now - begun)
+        elif number and number == self._chase[0]:
+            _, size, since = self._chase
+            self._chase = (0, 0, 0.0)
+            if self._round_trips:
+                took = now - since - min(self._round_trips)
+                # What took no time tells nothing, but lets what was measured long ago be forgotten.
+                self._rates.append(size / took if took > _SURE_S else math.inf)
