@@ -5,165 +5,162 @@ from one training pass over the same text. Losses are compared with the exact bo
 same noise alone where there is noise.
 """
 
-import time
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import lz4.block
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.parts import Parts
+from benchmarks.timing import codec_times, one_token_us, plain_lz4_ms
 from codec.messages import Wire
 from codec.partition import Partition
-from codec.plan import LoraPlan
-from codec.quantise import quantise, step_of
+from codec.quantise import Size
 from codec.tensors import decode_tensors, encode_tensor
-from silo_agent.ends import Ends
+from silo_agent.wires import Boundary
 from workers.checkpoint import Checkpoint
-from workers.lora import add_adapter
-from workers.span import Span
 
-WIRES: tuple[Wire, ...] = ("exact", "bf16", "fp16", "steps")
-_ROUNDS = 5
+Progress = Callable[[str], None]
+
+_STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)
+_LANE_STEP = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One encoding of one boundary. `entropy` is that of the quantised integers, bits per element;
-    `loss_change` is against the uncompressed boundary; times are medians for 4 MiB of fp32.
+    """One encoding of one boundary.
+
+    `factor` is the step in units of the default one, `entropy` that of the quantised integers in bits
+    per element, `loss_change` against the uncompressed boundary; times are for 4 MiB of fp32.
     """
 
-    boundary: str
-    wire: str
+    boundary: Boundary
+    wire: Wire
+    factor: float
     bits: float
     entropy: float | None
     relative_error: float
     loss_change: float | None
     encode_ms: float
     decode_ms: float
+    memcpy_ms: float
+    copies: float
 
 
-class _Parts:
-    """Head, trunk and tail in one process, on packed sequences."""
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A boundary to encode: tensors that differ in their noise alone, and what each costs exactly."""
 
-    def __init__(self, checkpoint: Checkpoint, partition: Partition, texts: Sequence[Sequence[int]]) -> None:
-        self.ends = Ends(checkpoint, partition)
-        self.trunk = Span(checkpoint, self.ends.trunk)
-        self.ends.adapt(LoraPlan(), 0)
-        add_adapter(self.trunk, "bench", LoraPlan(), 0)
-        self.lengths = [len(text) for text in texts]
-        self.ids = torch.tensor([token for text in texts for token in text])
-        starts = torch.tensor(self.lengths).cumsum(0)
-        self.keep = torch.tensor([i for i in range(len(self.ids)) if i + 1 not in set(starts.tolist())])
+    boundary: Boundary
+    draws: Sequence[Tensor]
+    step: float
+    exact: Sequence[float]
+    loss: Callable[[Tensor], float] | None
 
-    def loss(self, output: Tensor) -> Tensor:
-        logits = self.ends.tail.run(output, self.lengths, keep=self.keep)
-        return F.cross_entropy(logits.float(), self.ids[self.keep + 1])
-
-    @torch.no_grad()
-    def loss_from_head(self, sent: Tensor) -> float:
-        return float(self.loss(self.trunk.run(sent, self.lengths)))
-
-    @torch.no_grad()
-    def loss_from_trunk(self, output: Tensor) -> float:
-        return float(self.loss(output))
-
-    def boundaries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Head to trunk, trunk to tail, and the two gradients back."""
-        with torch.no_grad():
-            sent = self.ends.head.run(self.ids, self.lengths)
-        entry = sent.requires_grad_()
-        output = self.trunk.run(entry, self.lengths)
-        leaf = output.detach().requires_grad_()
-        self.loss(leaf).backward()
-        assert leaf.grad is not None
-        output.backward(leaf.grad)
-        assert entry.grad is not None
-        return sent.detach(), leaf.detach(), leaf.grad, entry.grad
+    @property
+    def gradient(self) -> bool:
+        return "gradient" in self.boundary
 
 
-def measure(model: str, partition: Partition, texts: Sequence[Sequence[int]], noise: float) -> dict[str, Any]:
-    """The table: every wire on every boundary. `noise` is relative to the boundary's deviation."""
-    parts = _Parts(Checkpoint(model), partition, texts)
+def measure(
+    model: str,
+    partition: Partition,
+    texts: Sequence[Sequence[int]],
+    *,
+    noise: float,
+    draws: int,
+    padded_to: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The table: every wire on every boundary.
+
+    `noise` is relative to the boundary's deviation and drawn `draws` times; `padded_to` is how long
+    the published code would make every sequence.
+    """
+    parts = Parts(Checkpoint(model), partition, texts)
+    progress("running the model")
     up, down, gradient_up, gradient_down = parts.boundaries()
     sigma = noise * float(up.std())
-    noisy = up + torch.randn_like(up) * sigma
-    alone = parts.loss_from_head(noisy)
+    noisy = [up + torch.randn_like(up) * sigma for _ in range(draws)]
+    alone = [parts.loss_from_head(tensor) for tensor in noisy]
     exact = parts.loss_from_trunk(down)
+    cases = [
+        _Case("head → trunk", noisy, sigma, alone, parts.loss_from_head),
+        _Case("trunk → tail", [down], 0.0, [exact], parts.loss_from_trunk),
+        _Case("tail → trunk (gradient)", [gradient_up], 0.0, [0.0], None),
+        _Case("trunk → head (gradient)", [gradient_down], 0.0, [0.0], None),
+    ]
     rows = []
-    for wire in WIRES:
-        rows += [
-            _row("head → trunk, noisy", noisy, wire, sigma, False, parts.loss_from_head, alone),
-            _row("trunk → tail", down, wire, 0.0, False, parts.loss_from_trunk, exact),
-            _row("tail → trunk (gradient)", gradient_up, wire, 0.0, True, None, 0.0),
-            _row("trunk → head (gradient)", gradient_down, wire, 0.0, True, None, 0.0),
-        ]
+    for case in cases:
+        for wire in get_args(Wire):
+            for factor in _STEP_FACTORS if wire == "steps" else (1.0,):
+                progress(f"{case.boundary}, {wire}")
+                rows.append(_row(case, wire, factor))
+    lz4_encode, lz4_decode = plain_lz4_ms(down)
     return {
         "tokens": len(parts.ids),
+        "sequences": len(parts.lengths),
         "loss_exact": exact,
-        "loss_noise_alone": alone,
-        "plain_lz4_bits": _plain_lz4_bits(down),
+        "loss_noise_alone": statistics.mean(alone),
+        "plain_lz4": {"bits": _plain_lz4_bits(down), "encode_ms": lz4_encode, "decode_ms": lz4_decode},
         "rows": [asdict(row) for row in rows],
-        "traffic": _traffic(rows, parts.lengths),
+        "one_token": {wire: one_token_us(up.shape[1], wire, _LANE_STEP) for wire in get_args(Wire)},
+        "traffic": _traffic(rows, parts.lengths, up.shape[1], padded_to),
     }
 
 
-def _row(
-    boundary: str,
-    tensor: Tensor,
-    wire: Wire,
-    step: float,
-    stochastic: bool,
-    loss: Callable[[Tensor], float] | None,
-    reference: float,
-) -> Row:
-    def encode() -> Any:
-        return encode_tensor(tensor, wire, boundary, step=step, stochastic=stochastic)
-
-    spec, frame = encode()
-    data = bytes(frame)
-    (back,) = decode_tensors([spec], [data], boundary=boundary)
-    scale = (1 << 20) / tensor.numel()
+def _row(case: _Case, wire: Wire, factor: float) -> Row:
+    first = case.draws[0]
+    step = factor * _step(case, first) if wire == "steps" else 0.0
+    sizes, errors, changes, entropies = [], [], [], []
+    for tensor, exact in zip(case.draws, case.exact, strict=True):
+        spec, frame = encode_tensor(tensor, wire, case.boundary, step=step, stochastic=case.gradient)
+        (back,) = decode_tensors([spec], [frame], boundary=case.boundary)
+        sizes.append(memoryview(frame).nbytes * 8 / tensor.numel())
+        errors.append(float((back.float() - tensor).norm() / tensor.norm()))
+        if case.loss:
+            changes.append(case.loss(back.float()) - exact)
+        if spec.encoding == "steps":
+            entropies.append(_entropy((back.double() / spec.step).round()))
     return Row(
-        boundary=boundary,
+        boundary=case.boundary,
         wire=wire,
-        bits=len(data) * 8 / tensor.numel(),
-        entropy=_entropy(tensor, step, stochastic) if wire == "steps" else None,
-        relative_error=float((back.float() - tensor).norm() / tensor.norm()),
-        loss_change=loss(back.float()) - reference if loss else None,
-        encode_ms=_median_ms(encode) * scale,
-        decode_ms=_median_ms(lambda: decode_tensors([spec], [data], boundary=boundary)) * scale,
+        factor=factor,
+        bits=statistics.mean(sizes),
+        entropy=statistics.mean(entropies) if entropies else None,
+        relative_error=statistics.mean(errors),
+        loss_change=statistics.mean(changes) if changes else None,
+        **asdict(codec_times(first, wire, step=step, stochastic=case.gradient)),
     )
 
 
-def _entropy(tensor: Tensor, step: float, stochastic: bool) -> float:
+def _step(case: _Case, tensor: Tensor) -> float:
+    size = Size.of(tensor)
+    return case.step or size.step(tensor.numel(), gradient=case.gradient)
+
+
+def _entropy(codes: Tensor) -> float:
     """Bits per element that an ideal coder of independent integers needs."""
-    planes = quantise(tensor, step or step_of(tensor, stochastic=stochastic), stochastic=stochastic).to(
-        torch.int64
-    )
-    codes = sum((plane << (8 * k) for k, plane in enumerate(planes)), torch.zeros_like(planes[0]))
     shares = torch.unique(codes, return_counts=True)[1].double() / codes.numel()
     return float(-(shares * shares.log2()).sum())
-
-
-def _median_ms(work: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(_ROUNDS):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return sorted(times)[_ROUNDS // 2] * 1e3
 
 
 def _plain_lz4_bits(tensor: Tensor) -> float:
     return len(lz4.block.compress(tensor.contiguous().numpy(), store_size=False)) * 8 / tensor.numel()
 
 
-def _traffic(rows: Sequence[Row], lengths: Sequence[int]) -> dict[str, float]:
-    """Bits per element and training token over all four boundaries, and how many times fewer than
-    fp16 padded to the longest sequence, as the published code sends it."""
-    steps = sum(row.bits for row in rows if row.wire == "steps")
-    padded = 4 * 16.0 * max(lengths) * len(lengths) / sum(lengths)
-    return {"steps_bits": steps, "padded_fp16_bits": padded, "times_fewer": padded / steps}
+def _traffic(rows: Sequence[Row], lengths: Sequence[int], hidden: int, padded_to: int) -> dict[str, float]:
+    """Bytes of one training pass over all four boundaries, here and as fp16 padded to a fixed length."""
+    bits = sum(row.bits for row in rows if row.wire == "steps" and row.factor == 1.0)
+    ours = bits / 8 * sum(lengths) * hidden
+    padded = 4 * 2.0 * padded_to * len(lengths) * hidden
+    return {
+        "padded_to": padded_to,
+        "bits_per_element": bits,
+        "bytes": round(ours),
+        "padded_fp16_bytes": round(padded),
+        "times_fewer": padded / ours,
+    }

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from benchmarks.codec_command import codec, noise
+from benchmarks.link_command import link
 from codec.partition import Partition
 from codec.plan import checked_plan
 from workers import runtime  # before torch: it sets how idle threads wait
@@ -14,6 +16,11 @@ _JSON = click.option("--json", "json_path", type=click.Path(path_type=Path), hel
 @click.group("bench")
 def bench() -> None:
     """Measure, one question per benchmark."""
+
+
+bench.add_command(codec)
+bench.add_command(noise)
+bench.add_command(link)
 
 
 @bench.command("parity")
@@ -47,6 +54,7 @@ def parity(
     from transformers import AutoTokenizer
 
     from benchmarks.parity import measure
+    from benchmarks.texts import notes
     from silo_agent.report import write_report
     from workers.checkpoint import Checkpoint
     from workers.families import lora_targets as named_targets
@@ -56,7 +64,7 @@ def parity(
     Partition(head, tail).spans(checkpoint.blocks)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.ref)
     texts = [
-        tokenizer(note)["input_ids"][: 24 + 3 * (line % 11)] for line, note in enumerate(_notes(), start=1)
+        tokenizer(note)["input_ids"][: 24 + 3 * (line % 11)] for line, note in enumerate(notes(), start=1)
     ]
     plan = checked_plan(
         silos=silos,
@@ -82,84 +90,3 @@ def parity(
         "lora_targets": list(plan.lora.targets),
     }
     write_report(json_path, "parity", settings, results)
-
-
-@bench.command("codec")
-@click.option("--model", default="smollm2-135m", show_default=True)
-@click.option("--head", default=2, show_default=True, metavar="P")
-@click.option("--tail", default=2, show_default=True, metavar="Q")
-@click.option("--noise", default=0.05, show_default=True, help="On head → trunk, relative.")
-@click.option(
-    "--text",
-    "file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Plain text, one sequence a line.  [default: the demo's notes]",
-)
-@click.option("--tokens", default=4096, show_default=True, help="Stop after this many.")
-@click.option("--max-length", default=920, show_default=True, help="Tokens of a line that are used.")
-@_JSON
-def codec(
-    model: str,
-    head: int,
-    tail: int,
-    noise: float,
-    file: Path | None,
-    tokens: int,
-    max_length: int,
-    json_path: Path | None,
-) -> None:
-    """What does each encoding cost, in bits, in loss and in time? On the model's own boundaries.
-
-    \b
-    Examples:
-      trunkline bench codec --model smollm2-135m --json codec.json
-      trunkline bench codec --model smollm2-135m --text passages.txt --tokens 4096
-    """
-    from transformers import AutoTokenizer
-
-    from benchmarks.codec import measure
-    from silo_agent.report import write_report
-    from workers.checkpoint import Checkpoint
-
-    runtime.quiet_libraries()
-    checkpoint = Checkpoint(model)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.ref)
-    lines = file.read_text().splitlines() if file else _notes()
-    texts: list[list[int]] = []
-    for line in lines:
-        ids = tokenizer(line)["input_ids"][:max_length]
-        if len(ids) > 1:
-            texts.append(ids)
-        if sum(map(len, texts)) >= tokens:
-            break
-    results = measure(model, Partition(head, tail), texts, noise)
-    click.echo(
-        f"{'boundary':24} {'wire':6} {'bits':>6} {'entropy':>8} {'loss':>9} {'encode':>8} {'decode':>8}"
-    )
-    for row in results["rows"]:
-        entropy = f"{row['entropy']:.2f}" if row["entropy"] is not None else ""
-        loss = f"{row['loss_change']:+.4f}" if row["loss_change"] is not None else ""
-        click.echo(
-            f"{row['boundary']:24} {row['wire']:6} {row['bits']:6.2f} {entropy:>8} {loss:>9} "
-            f"{row['encode_ms']:5.1f} ms {row['decode_ms']:5.1f} ms"
-        )
-    traffic = results["traffic"]
-    click.echo(
-        f"{results['tokens']} tokens, loss {results['loss_exact']:.4f}, with noise alone "
-        f"{results['loss_noise_alone']:.4f}; plain lz4 of fp32: {results['plain_lz4_bits']:.2f} bits\n"
-        f"all four boundaries: {traffic['steps_bits']:.1f} bits, {traffic['times_fewer']:.1f} times fewer "
-        f"than fp16 padded to {max(map(len, texts))} tokens"
-    )
-    settings = {"model": model, "head": head, "tail": tail, "noise": noise, "text": str(file)}
-    write_report(json_path, "codec", settings, results)
-
-
-def _notes() -> list[str]:
-    from silo_agent.data import read_chats
-    from silo_agent.demo.commands import CLINICS, data_file
-
-    return [
-        " ".join(message["content"] for message in messages)
-        for clinic in CLINICS
-        for _, messages in read_chats(data_file(clinic))
-    ]
