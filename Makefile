@@ -1,10 +1,11 @@
-# make demo · make test · make lint · make bench: each sets up .venv first, once.
+# make demo · make test · make lint · make fuzz · make bench: each sets up .venv first, once.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+FRAMES ?= 1000000
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint fuzz bench clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-cache
+
+# Damaged messages against every decoder; `make fuzz FRAMES=100000` for a shorter run.
+fuzz: $(READY)
+	$(BIN)/python tests/codec/fuzz.py --frames $(FRAMES)
 
 bench: $(READY)
 	$(BIN)/trunkline bench parity --model smollm2-135m --head 2 --tail 2

@@ -115,7 +115,8 @@ def check_specs(specs: Sequence[TensorSpec], sizes: Sequence[int]) -> None:
 
 
 def _check_spec(spec: TensorSpec, size: int) -> int:
-    item = ITEM_SIZES[spec.dtype]
+    # Quantised tensors become fp32 first, whatever they are cast to then.
+    item = ITEM_SIZES["f32" if spec.encoding in ("steps", "blocks") else spec.dtype]
     elements = math.prod(spec.shape)
     # A size of 0 must not hide others that no tensor can have.
     if math.prod(max(1, extent) for extent in spec.shape) * item > MAX_FRAME_BYTES:

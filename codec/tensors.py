@@ -42,6 +42,8 @@ _MIN_STEP = 1e-30
 """Numbers far below this are zero to any model; a step must have a reciprocal."""
 
 _LARGEST_BODY = 128
+_SURELY_FINITE = 1 - 2.0**-20
+"""Of a dtype's largest number: what is below is finite however fp32 rounds on the way."""
 
 _NIBBLES_FROM = 10.0
 """Root mean square in steps from which the low nibbles of codes are as good as random."""
@@ -144,7 +146,7 @@ def _from_steps(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tensor
         planes = parts[:-2]
         positions, values = map(torch.from_numpy, decode_outliers(spec, parts))
         largest = max(largest, int(values.abs().max()))
-    if largest * spec.step > torch.finfo(TORCH_DTYPES[spec.dtype]).max:
+    if largest * spec.step > _SURELY_FINITE * torch.finfo(TORCH_DTYPES[spec.dtype]).max:
         # Told from the largest code: no pass over the values is needed to find them all finite.
         raise FrameError(f"a code of {largest} steps of {spec.step:.3g} is beyond {spec.dtype}")
     body = _body(planes, math.prod(spec.shape), device)

@@ -143,6 +143,8 @@ def silo_options(command: Callable[..., None]) -> Callable[..., None]:
 def open_silo(options: SiloOptions) -> Iterator[Silo]:
     """Load head and tail and attach to the broker; the link is closed at the end.
 
+    What `--wire auto` picked is then said on stderr.
+
     Raises any `TrunklineError`: bad options, unknown model, unreachable broker.
     """
     from transformers import AutoTokenizer
@@ -167,22 +169,25 @@ def open_silo(options: SiloOptions) -> Iterator[Silo]:
         dtype = runtime.choose_dtype(options.dtype, device)
         ends = Ends(checkpoint, partition, dtype=dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.ref)
+        wires = Wires(
+            options.wire,
+            speed=lambda: link.speed,
+            encodings=lambda: link.encodings,
+            noise=options.noise,
+            dtype=dtype,
+            device=device,
+        )
         yield Silo(
             options=options,
             ends=ends,
             tokenizer=tokenizer,
             remote=remote,
             noise=noise,
-            wires=Wires(
-                options.wire,
-                speed=lambda: link.speed,
-                encodings=lambda: link.encodings,
-                noise=options.noise,
-                dtype=dtype,
-                device=device,
-            ),
+            wires=wires,
             stop_tokens=_stop_tokens(checkpoint.ref, tokenizer),
         )
+        if wires.picks:
+            click.echo(f"wire: {wires.summary()}", err=True)
     finally:
         remote.close()
 

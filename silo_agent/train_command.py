@@ -127,4 +127,4 @@ def train_command(options: SiloOptions, **given: Any) -> None:
             "traffic": silo.traffic(),
         }
         write_report(given["json_path"], "silo-train", dataclasses.asdict(options), results)
-    click.echo(f"adapter saved at {given['out']}; wire {silo.wires.summary()}", err=True)
+    click.echo(f"adapter saved at {given['out']}", err=True)
