@@ -12,14 +12,14 @@ from dataclasses import dataclass
 _ROUND_TRIPS = 30
 _RATES = 8
 _SURE_S = 5e-4
-"""What lies below is jitter: a message that took less was too small to measure this link."""
+"""What lies below is jitter: a message that took less says only that the rate is at least this good."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
     """A link's round trip in seconds, and its rate towards the broker in bytes per second.
 
-    The rate is infinite while nothing was large enough to take time.
+    The rate is infinite where nothing was large enough to measure it.
     """
 
     rtt: float
@@ -30,11 +30,11 @@ class SpeedMeter:
     """Times heartbeats against the bytes that went before them."""
 
     CHASE = 8192
-    """Bytes that are worth a heartbeat of their own."""
+    """Bytes of a message that is worth a heartbeat of its own."""
 
     def __init__(self) -> None:
         self._round_trips: deque[float] = deque(maxlen=_ROUND_TRIPS)
-        self._rates: deque[float] = deque(maxlen=_RATES)
+        self._rates: deque[tuple[float, bool]] = deque(maxlen=_RATES)
         self._number = 0
         self.forget()
 
@@ -49,8 +49,9 @@ class SpeedMeter:
         """What is known; None before a large message was timed."""
         if not self._rates or not self._round_trips:
             return None
-        measured = [rate for rate in self._rates if math.isfinite(rate)]
-        return Speed(min(self._round_trips), max(measured, default=math.inf))
+        # A delay may make one message look slow; others that took no time at all give it the lie.
+        best, measured = max(self._rates)
+        return Speed(min(self._round_trips), best if measured else math.inf)
 
     def welcomed(self, seconds: float) -> None:
         """The answer to the attach took `seconds`: a first round trip."""
@@ -58,20 +59,20 @@ class SpeedMeter:
 
     def sent(self, size: int, now: float) -> bool:
         """A message of `size` bytes was handed to the socket; whether to send a heartbeat behind it."""
-        if not self._bytes:
-            self._since = now
-        self._bytes += size
-        # One at a time: what is sent meanwhile counts for the next.
-        return self._bytes >= self.CHASE and not self._chase[0]
+        # One at a time. Small ones are not added up: the pauses between them are not the line's.
+        if size < self.CHASE or self._chase[0]:
+            return False
+        self._bytes, self._since = size, now
+        return True
 
     def beat(self, now: float) -> int:
         """The number for a heartbeat that is sent now."""
         self._number += 1
-        if self._bytes >= self.CHASE and not self._chase[0]:
+        if self._bytes:
             self._chase = (self._number, self._bytes, self._since)
             self._bytes = 0
-        elif not self._bytes and not self._chase[0]:
-            # Nothing of ours is in its way: it measures the round trip.
+        elif not self._chase[0]:
+            # Nothing large of ours is in its way: it measures the round trip.
             self._light = {self._number: now}
         return self._number
 
@@ -84,5 +85,4 @@ class SpeedMeter:
             self._chase = (0, 0, 0.0)
             if self._round_trips:
                 took = now - since - min(self._round_trips)
-                # What took no time tells nothing, but lets what was measured long ago be forgotten.
-                self._rates.append(size / took if took > _SURE_S else math.inf)
+                self._rates.append((size / max(took, _SURE_S), took > _SURE_S))

@@ -36,13 +36,16 @@ NEEDS: Mapping[Wire, Encodings] = {
 _ASSUMED_RATE = 12.5e6
 """Bytes per second, 100 Mbit/s: until a large message was timed."""
 
+_BESIDE_OTHERS = 2.0
+"""Encoding takes about twice as long in use, beside other threads and with cold caches, as alone."""
+
 _ROUNDS = 5
 _LARGE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a wire takes for a tensor of `n` elements: seconds and bytes, each `fixed + n * each`."""
+    """What a wire takes for a tensor of `n` elements, alone: seconds and bytes, `fixed + n * each`."""
 
     fixed_s: float
     each_s: float
@@ -52,7 +55,7 @@ class Cost:
     def seconds(self, elements: int, rate: float) -> float:
         """Encoding, `rate` bytes per second of link, and decoding."""
         size = self.fixed_bytes + elements * self.each_bytes
-        return self.fixed_s + elements * self.each_s + size / rate
+        return _BESIDE_OTHERS * (self.fixed_s + elements * self.each_s) + size / rate
 
 
 @dataclass(frozen=True, slots=True)

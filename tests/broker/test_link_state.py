@@ -245,7 +245,7 @@ def test_a_large_message_is_chased_by_a_heartbeat_that_times_it() -> None:
     assert hears(state, Heartbeat(id=2), 1.25) == []
     assert state.meter.speed is not None
     assert state.meter.speed.rtt == pytest.approx(0.05)
-    assert state.meter.speed.rate == pytest.approx(1_000_100 / 0.1)
+    assert state.meter.speed.rate == pytest.approx(1_000_000 / 0.1)
 
 
 def test_what_workers_read_is_known_from_the_welcome() -> None:

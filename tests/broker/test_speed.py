@@ -71,10 +71,36 @@ def test_what_takes_no_time_does_not_measure_a_fast_line() -> None:
     assert line.meter.speed.rate == math.inf, "what is not measured any more is tried again"
 
 
+def test_one_late_echo_does_not_make_a_fast_line_slow() -> None:
+    line = Line(1e9, 0.0001)
+    line.beat()
+    line.pass_time(1.0)
+    line.send(100_000)
+    line.pass_time(1.0, late=0.05)
+    assert line.meter.speed is not None
+    assert line.meter.speed.rate < 1e7, "it is all there is to go by"
+    line.send(100_000)
+    line.pass_time(1.0)
+    assert line.meter.speed.rate == math.inf
+
+
 def test_small_messages_send_no_heartbeats_of_their_own() -> None:
     meter = SpeedMeter()
-    assert not any(meter.sent(100, float(i)) for i in range(SpeedMeter.CHASE // 100))
-    assert meter.sent(100, 100.0)
+    assert not any(meter.sent(SpeedMeter.CHASE - 1, float(i)) for i in range(100))
+    assert meter.sent(SpeedMeter.CHASE, 100.0)
+
+
+def test_pauses_between_messages_are_not_the_lines() -> None:
+    line = Line(1e6, 0.01)
+    line.beat()
+    line.pass_time(1.0)
+    for _ in range(20):
+        line.send(5000)
+        line.pass_time(0.5)
+    line.send(100_000)
+    line.pass_time(1.0)
+    assert line.meter.speed is not None
+    assert line.meter.speed.rate == pytest.approx(1e6)
 
 
 def test_one_chase_is_under_way_at_a_time() -> None:
