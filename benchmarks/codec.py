@@ -20,7 +20,7 @@ from codec.messages import Wire
 from codec.partition import Partition
 from codec.quantise import Size
 from codec.tensors import decode_tensors, encode_tensor
-from silo_agent.wires import Boundary
+from silo_agent.wires import Boundary, is_gradient
 from workers.checkpoint import Checkpoint
 
 Progress = Callable[[str], None]
@@ -62,7 +62,7 @@ class _Case:
 
     @property
     def gradient(self) -> bool:
-        return "gradient" in self.boundary
+        return is_gradient(self.boundary)
 
 
 def measure(

@@ -103,12 +103,18 @@ def measure(
             rows = []
             for mbit in rates:
                 progress(f"{mbit:g} Mbit/s" if mbit else "loopback")
-                endpoint = processes.relay(broker, rtt_ms=rtt_ms, mbit=mbit) if mbit else broker
+                endpoint = _relay(processes, broker, rtt_ms, mbit) if mbit else broker
                 rows.append(_row(endpoint, mbit, noisy, gradient, sigma, noise, rounds))
         finally:
             stop.set()
             worker.join(5)
     return {"tokens": len(sent), "hidden": sent.shape[1], "rows": rows}
+
+
+def _relay(processes: Processes, broker: str, rtt_ms: float, mbit: float) -> str:
+    listen = ("relay", "--listen", "tcp://127.0.0.1:0", "--to", broker)
+    shape = ("--rtt-ms", f"{rtt_ms:g}", "--mbit", f"{mbit:g}")
+    return processes.listener(f"relay-{mbit:g}", "relaying ", *listen, *shape)
 
 
 def _row(
@@ -134,6 +140,7 @@ def _row(
         speed = clients["auto"].link.speed
         return {
             "mbit": mbit,
+            "measured_rtt_ms": speed.rtt * 1e3 if speed else None,
             "measured_mbit": speed.rate * 8e-6 if speed and math.isfinite(speed.rate) else None,
             "train": _compared(train) | {"picks": picks},
             "decode": _compared(decode) | {"picks": _picks(clients["auto"].wires)[:2]},

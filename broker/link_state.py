@@ -72,7 +72,7 @@ class LinkState:
             self.attached = self._known = True
             self._heartbeat = header.heartbeat
             self.encodings = header.encodings
-            self.meter.welcomed(now - self._sent)
+            self.unsent()  # The next tick beats at once: it measures the round trip.
             return self._forgotten() if forgotten else []
         if isinstance(header, Heartbeat):
             self.meter.echoed(header.id, now)
@@ -91,7 +91,7 @@ class LinkState:
         return [self._beat(now)] if self.meter.sent(size, now) else []
 
     def unsent(self) -> None:
-        """A `Transmit` could not leave: it is repeated at the next tick."""
+        """A `Transmit` could not leave: it, or a heartbeat, is sent at the next tick."""
         self._sent = float("-inf")
 
     def tick(self, now: float) -> list[Action]:

@@ -33,11 +33,16 @@ class Peer:
 
 
 def peer_from(route: bytes, attach: Attach, now: float) -> Peer:
-    """A peer as it introduced itself. Raises `MismatchError` for a worker without a span."""
+    """A peer as it introduced itself.
+
+    Raises `MismatchError` for a worker without a span, and for who does not read the plain encodings.
+    """
     if attach.role == "worker" and (
         attach.model is None or not attach.start < attach.stop <= attach.model.blocks
     ):
         raise MismatchError("a worker must say which model and which blocks it hosts", side="worker")
+    if not {"raw", "planes"}.issubset(attach.encodings):
+        raise MismatchError("every peer must read raw and planes", side=attach.role)
     blocks = Span(attach.start, attach.stop) if attach.role == "worker" else Span(0, 0)
     return Peer(
         route=route,

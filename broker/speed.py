@@ -2,7 +2,7 @@
 
 A heartbeat sent right behind a message reaches the broker when the message has, and its echo tells
 when that was. As in BBR (Cardwell et al., ACM Queue 14(5), 2016) the round trip is the least and the
-rate the greatest of the recent samples: waiting anywhere only makes a link look slower.
+rate the greatest of the recent samples: waiting makes a link look slower more often than faster.
 """
 
 import math
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 _ROUND_TRIPS = 30
 _RATES = 8
 _SURE_S = 5e-4
-"""What lies below is jitter: a message that took less says only that the rate is at least this good."""
+"""What lies below is jitter: a message that took less says only that the rate is at least this good,
+and only a large one says so at all."""
+_TELLING = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,6 @@ class SpeedMeter:
         best, measured = max(self._rates)
         return Speed(min(self._round_trips), best if measured else math.inf)
 
-    def welcomed(self, seconds: float) -> None:
-        """The answer to the attach took `seconds`: a first round trip."""
-        self._round_trips.append(seconds)
-
     def sent(self, size: int, now: float) -> bool:
         """A message of `size` bytes was handed to the socket; whether to send a heartbeat behind it."""
         # One at a time. Small ones are not added up: the pauses between them are not the line's.
@@ -83,6 +81,10 @@ class SpeedMeter:
         elif number and number == self._chase[0]:
             _, size, since = self._chase
             self._chase = (0, 0, 0.0)
-            if self._round_trips:
-                took = now - since - min(self._round_trips)
-                self._rates.append((size / max(took, _SURE_S), took > _SURE_S))
+            took = now - since - min(self._round_trips, default=math.inf)
+            if took > _SURE_S:
+                self._rates.append((size / took, True))
+            elif size >= _TELLING and self._round_trips:
+                self._rates.append((size / _SURE_S, False))
+        elif number > self._chase[0]:
+            self._chase = (0, 0, 0.0)  # Echoes keep their order: the chase never left.

@@ -22,7 +22,10 @@ from codec.planes import Buffer, Bytes, fits, restore, shrink
 
 ITEM_SIZES: dict[DType, int] = {"f32": 4, "bf16": 2, "f16": 2}
 BLOCK = 64
-"""Elements that share a step in `blocks`."""
+"""Consecutive elements that share a step of their own in `blocks`."""
+
+ELEMENTS_PER_OUTLIER = 12
+"""More outliers than this and bf16 takes fewer bits; a decoder need not make room for them."""
 
 _MIN_PLANES_ELEMENTS = 4096
 """Below this a frame's planes save fewer bytes than their bookkeeping and time are worth."""
@@ -125,7 +128,7 @@ def _check_spec(spec: TensorSpec, size: int) -> int:
         raise FrameError(f"a frame of {size} bytes declares {sum(spec.sizes)}")
     if (spec.encoding == "steps") != (spec.step > 0) or not math.isfinite(spec.step):
         raise FrameError(f"a step of {spec.step} does not go with {spec.encoding}")
-    if spec.outliers and not (spec.encoding == "steps" and spec.outliers <= elements):
+    if spec.outliers and not (spec.encoding == "steps" and spec.outliers * ELEMENTS_PER_OUTLIER <= elements):
         raise FrameError(f"{spec.outliers} outliers do not go with {elements} elements of {spec.encoding}")
     lengths = _part_lengths(spec, elements)
     if lengths is None or len(lengths) != len(spec.sizes) or (spec.encoding != "raw" and not elements):

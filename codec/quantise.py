@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codec.frames import BLOCK, ELEMENTS_PER_OUTLIER
 from codec.scratch import scratch
 
 SHARE = 0.03
@@ -25,18 +26,13 @@ GRADIENT_SHARE = 0.15
 KAPPA = 1.0
 """The step after noise, in units of the noise's standard deviation."""
 
-BLOCK = 64
-"""Consecutive elements that share a step of their own in `blocks`."""
-
 _MAGIC = 1.5 * 2.0**23
 """Added to a number below 2**22 it rounds it to an integer, half to even, in the low mantissa bits:
 one pass over the tensor scales, rounds and leaves the code as an integer."""
 
 _MAX_CODE = 1 << 30
-_MOST_OUTLIERS = 1 / 12
-"""Share of a tensor from which bf16 takes fewer bits."""
-
 _INT16 = 32_000
+_EXACT_IN_FP32 = 1e-15
 _POOL = 1 << 21
 
 
@@ -68,8 +64,8 @@ class Size:
         rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else tensor.numel())
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
         norm, middle = torch.stack((torch.linalg.vector_norm(norms), norms.median())).tolist()
-        if not math.isfinite(norm) and dtype != torch.float64:
-            return cls.of(tensor, torch.float64)  # fp32 overflows where values over 1e19 are squared.
+        if not _EXACT_IN_FP32 < norm < math.inf and dtype != torch.float64:
+            return cls.of(tensor, torch.float64)  # fp32 has no squares of what is very large or small.
         return cls(norm, middle / math.sqrt(rows.shape[1]))
 
     def step(self, elements: int, *, gradient: bool) -> float:
@@ -106,7 +102,7 @@ def quantise(flat: Tensor, step: float, norm: float, *, stochastic: bool) -> Cod
     positions = _beyond(wide) if norm > 127 * step else torch.empty(0, dtype=torch.int64)
     if not len(positions):
         return Codes(_zigzag(narrow), positions, positions)
-    if len(positions) > _MOST_OUTLIERS * len(flat):
+    if len(positions) * ELEMENTS_PER_OUTLIER > len(flat):
         return None
     exact = flat[positions].double() / step
     values = exact.round_() if dither is None else exact.add_(dither[positions]).round_()
@@ -180,10 +176,10 @@ def _beyond(wide: Tensor) -> Tensor:
 
 
 def _dither(like: Tensor) -> Tensor:
-    """Uniform in [-0.5, 0.5), fp32 `[n]`: a pool drawn once per process and device, from anywhere on.
+    """Uniform from -0.5 to 0.5, fp32 `[n]`: a pool drawn once per process and device, from anywhere on.
 
     Fresh numbers would take longer than all the rest of an encoding. The pool is stratified and read
-    as a ring, so over the random start each element's dither is exactly uniform. It is no secret.
+    as a ring, so over the random start each element's dither is uniform. It is no secret.
     """
     pool = _pools.get(like.device)
     if pool is None:

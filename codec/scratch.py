@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _KEEP_BYTES = 64 << 20
-"""What is larger is rare enough to be given back."""
+"""All of a thread's together. What goes beyond is rare enough to be given back."""
 
 
 class _Buffers(threading.local):
@@ -27,6 +27,7 @@ def scratch(use: str, elements: int, dtype: torch.dtype, device: torch.device) -
     held = _buffers.by_use.get(key)
     if held is None or len(held) < elements:
         held = torch.empty(elements, dtype=dtype, device=device)
-        if held.nbytes <= _KEEP_BYTES:
+        others = sum(kept.nbytes for use_key, kept in _buffers.by_use.items() if use_key != key)
+        if others + held.nbytes <= _KEEP_BYTES:
             _buffers.by_use[key] = held
     return held[:elements]

@@ -42,8 +42,8 @@ _MIN_STEP = 1e-30
 """Numbers far below this are zero to any model; a step must have a reciprocal."""
 
 _LARGEST_BODY = 128
-_SURELY_FINITE = 1 - 2.0**-20
-"""Of a dtype's largest number: what is below is finite however fp32 rounds on the way."""
+
+_ALIGNMENT = 4
 
 _NIBBLES_FROM = 10.0
 """Root mean square in steps from which the low nibbles of codes are as good as random."""
@@ -75,11 +75,16 @@ def encode_tensor(
             f"{boundary}: NaN or infinity in a tensor of shape {shape}",
             hint="Lower the learning rate, or use --wire bf16 if fp16 overflows.",
         )
+    most = _most(sent.dtype)
     if wire in _BLOCK_BITS:
+        if size.norm > most / 2 and float(sent.abs().max()) > most / 2:
+            return encode_tensor(sent, "exact", boundary)  # A value rounded up might not be finite.
         steps, body = quantise_blocks(_flat(sent), _BLOCK_BITS[wire], stochastic=stochastic)
         return encode_blocks(_planes(body, nibbles=True), _bytes(steps), name, shape)
     if wire == "steps":
         width = max(step or size.step(sent.numel(), gradient=stochastic), _MIN_STEP)
+        if _LARGEST_BODY * width > most:
+            return encode_tensor(sent, "exact", boundary)
         codes = quantise(_flat(sent), width, size.norm, stochastic=stochastic)
         if codes is None:
             return encode_tensor(sent, "bf16", boundary)
@@ -87,6 +92,11 @@ def encode_tensor(
         outliers = codes.positions.cpu().numpy(), codes.values.cpu().numpy()
         return encode_steps(_planes(codes.body, nibbles=nibbles), *outliers, width, name, shape)
     return (encode_raw if wire == "raw" else encode_planes)(_bytes(sent), name, shape)
+
+
+def _most(dtype: torch.dtype) -> float:
+    """What is below this is finite however fp32 rounds on the way to `dtype`."""
+    return (1 - 2.0**-20) * torch.finfo(dtype).max
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -111,6 +121,8 @@ def decode_tensors(
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """The tensors of a message on `device`, each in the dtype it crossed in.
+
+    A raw tensor may be the frame's own memory, which is its owner's to change from then on.
 
     What is packed goes to the device packed. Raises `FrameError`, naming the boundary, for sizes that
     lie or values that are not finite.
@@ -146,7 +158,7 @@ def _from_steps(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tensor
         planes = parts[:-2]
         positions, values = map(torch.from_numpy, decode_outliers(spec, parts))
         largest = max(largest, int(values.abs().max()))
-    if largest * spec.step > _SURELY_FINITE * torch.finfo(TORCH_DTYPES[spec.dtype]).max:
+    if largest * spec.step > _most(TORCH_DTYPES[spec.dtype]):
         # Told from the largest code: no pass over the values is needed to find them all finite.
         raise FrameError(f"a code of {largest} steps of {spec.step:.3g} is beyond {spec.dtype}")
     body = _body(planes, math.prod(spec.shape), device)
@@ -160,13 +172,17 @@ def _from_blocks(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tenso
 
 
 def _body(planes: Sequence[Bytes], elements: int, device: torch.device) -> Tensor:
-    tensors = [_writable(plane).to(device) for plane in planes]
-    return tensors[0] if len(tensors) == 1 else join(tensors[0], tensors[1], elements)
+    """The codes' bytes, in memory of their own: turning them back into codes changes them."""
+    if len(planes) == 1:
+        return torch.from_numpy(planes[0].copy()).to(device)
+    low, high = (_writable(plane).to(device) for plane in planes)
+    return join(low, high, elements)
 
 
 def _writable(data: Bytes) -> Tensor:
-    # A received frame is read-only memory; torch has no read-only tensors, so this one copy stays.
-    return torch.from_numpy(data if data.flags.writeable else data.copy())
+    """A received frame's memory as a tensor; copied where torch could not use it as it is."""
+    aligned = data.__array_interface__["data"][0] % _ALIGNMENT == 0
+    return torch.from_numpy(data if data.flags.writeable and aligned else data.copy())
 
 
 def encode_tensors(

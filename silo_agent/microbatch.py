@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codec.errors import DataError
+from codec.errors import DataError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,19 @@ class MicroBatch:
     keep: Tensor
     targets: Tensor
     mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_mask(self.mask, len(self.ids))
+
+
+def check_mask(mask: Tensor | None, tokens: int) -> None:
+    """Raises `UsageError` for what is no mask of `tokens` tokens that each see at least themselves."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.shape != (tokens, tokens):
+        raise UsageError(f"a mask of {tokens} tokens is bool and square, not {mask.dtype} {list(mask.shape)}")
+    if not bool(mask.diagonal().all()):
+        raise UsageError(f"token {int((~mask.diagonal()).nonzero()[0])} does not see itself in the mask")
 
 
 def pack_examples(examples: Sequence[Example]) -> MicroBatch:

@@ -114,16 +114,10 @@ class Processes:
     def broker(self, *arguments: str, timeout: float = 20.0) -> str:
         """Start a broker on a free loopback port and return its endpoint. Raises `LinkError`."""
         listen = ("broker", "--listen", "tcp://127.0.0.1:0")
-        return self._endpoint("broker", "listening on ", *listen, *arguments, timeout=timeout)
+        return self.listener("broker", "listening on ", *listen, *arguments, timeout=timeout)
 
-    def relay(self, to: str, *, rtt_ms: float, mbit: float, timeout: float = 20.0) -> str:
-        """Start a relay in front of `to` and return its endpoint. Raises `LinkError`."""
-        shape = ("--rtt-ms", f"{rtt_ms:g}", "--mbit", f"{mbit:g}")
-        arguments = ("relay", "--listen", "tcp://127.0.0.1:0", "--to", to, *shape)
-        return self._endpoint(f"relay-{mbit:g}", "relaying ", *arguments, timeout=timeout)
-
-    def _endpoint(self, name: str, says: str, *arguments: str, timeout: float) -> str:
-        """Start what prints `says` and then where it listens."""
+    def listener(self, name: str, says: str, *arguments: str, timeout: float = 20.0) -> str:
+        """Start what prints `says` and then where it listens; that endpoint. Raises `LinkError`."""
         endpoint: list[str] = []
         listening = threading.Event()
 

@@ -11,6 +11,7 @@ from codec.limits import MAX_ROWS, MAX_TOKENS
 from codec.messages import CloseSession, Extend, OpenSession
 from codec.plan import LoraPlan
 from silo_agent.ends import Ends
+from silo_agent.microbatch import check_mask
 from silo_agent.noise import Noise
 from silo_agent.remote import Remote, expect
 from silo_agent.wires import Wires
@@ -88,9 +89,10 @@ class Session:
         packed positions `keep`. `mask`, bool `[T, T]`, says which of these tokens see which, where that
         is not causal. After an error it may be called again.
 
-        Raises `LimitError` if a row is full, and what `Remote.call` raises.
+        Raises `UsageError` for a bad mask, `LimitError` if a row is full, and what `Remote.call` raises.
         """
         lengths = tuple(len(part) for part in tokens)
+        check_mask(mask, sum(lengths))
         head, tail = [self._head[row] for row in rows], [self._tail[row] for row in rows]
         # The tail comes last: what it holds went through all three parts.
         begins = tuple(starts) if starts is not None else tuple(cache.length for cache in tail)

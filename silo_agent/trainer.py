@@ -141,7 +141,7 @@ class Trainer:
             run=self._run,
             microbatch=flight.number,
             wants_gradient=self._trains_head,
-            wire=self._wires.pick("trunk → head (gradient)", *gradient.shape),
+            wire=self._wires.pick("trunk → head (gradient)", *gradient.shape) if self._trains_head else "raw",
         )
         flight.returning = True
         wire = self._wires.pick("tail → trunk (gradient)", *gradient.shape)

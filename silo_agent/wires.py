@@ -20,6 +20,12 @@ from codec.tensors import decode_tensors, encode_tensor
 Choice = Wire | Literal["auto"]
 Boundary = Literal["head → trunk", "trunk → tail", "tail → trunk (gradient)", "trunk → head (gradient)"]
 
+
+def is_gradient(boundary: Boundary) -> bool:
+    """Whether gradients cross this boundary, which are rounded without bias."""
+    return "gradient" in boundary
+
+
 CANDIDATES: tuple[Wire, ...] = ("raw", "bf16", "steps")
 """What `auto` chooses from: all that loses nothing a model notices (docs/codec.md)."""
 
@@ -92,24 +98,34 @@ class Wires:
     ) -> None:
         self._wire, self._speed, self._encodings, self._noise = wire, speed, encodings, noise
         self._dtype, self._device = dtype, torch.device(device)
+        self._agreed: Encodings | None = None
         self._costs: dict[tuple[float, bool, int], dict[Wire, Cost]] = {}
         self.picks: dict[Boundary, Pick] = {}
         """What `auto` chose last, by boundary."""
 
     def needed(self) -> Encodings:
-        """The encodings that a worker must read, whatever is picked."""
-        return ("raw",) if self._wire == "auto" else NEEDS[self._wire]
+        """The encodings that a worker must read, whatever is picked from now on.
+
+        With `auto`, what all workers read that are attached now: asked once, and kept to.
+        """
+        if self._wire != "auto":
+            return NEEDS[self._wire]
+        if self._agreed is None:
+            readable = self._encodings()
+            wires = [wire for wire in CANDIDATES if set(NEEDS[wire]) <= set(readable)]
+            self._agreed = tuple(e for e in ENCODINGS if any(e in NEEDS[wire] for wire in wires))
+        return self._agreed
 
     def pick(self, boundary: Boundary, tokens: int, hidden: int) -> Wire:
         """The wire for a tensor `[tokens, hidden]` that is about to cross `boundary`."""
         if self._wire != "auto":
             return self._wire
-        readable = set(self._encodings())
+        agreed = set(self.needed())
         noise = self._noise if boundary == "head → trunk" else 0.0
         costs = {
             wire: cost
-            for wire, cost in self._measured(noise, "gradient" in boundary, hidden).items()
-            if readable.issuperset(NEEDS[wire])
+            for wire, cost in self._measured(noise, is_gradient(boundary), hidden).items()
+            if agreed.issuperset(NEEDS[wire])
         }
         speed = self._speed()
         pick = choose(costs, tokens * hidden, speed.rate if speed else _ASSUMED_RATE)

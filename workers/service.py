@@ -234,7 +234,10 @@ def _mask(request: Request, frames: list[memoryview]) -> Tensor | None:
         raise MismatchError(f"a mask of {spec.queries} by {spec.keys} for {tokens} tokens")
     if not frames:
         raise FrameError("a mask is declared, and no frame follows")
-    return torch.from_numpy(decode_mask(spec, frames.pop()))
+    mask = torch.from_numpy(decode_mask(spec, frames.pop()))
+    if not bool(mask.diagonal().all()):
+        raise MismatchError("a mask in which a token does not see itself")
+    return mask
 
 
 def _named(names: tuple[str, ...], tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ def attached(attach: Attach = SILO, *, heartbeat: float = 1.0, patience: float =
     assert state.tick(0.0) == [Transmit(attach)]
     assert hears(state, Welcome(heartbeat=heartbeat), 0.0) == []
     assert state.attached
+    (beat,) = state.tick(0.0)
+    assert beat == Transmit(Heartbeat(id=1)), "the first beat, at once, measures the round trip"
     return state
 
 
@@ -98,15 +100,15 @@ def test_it_beats_as_often_as_the_broker_asks(heartbeat: float) -> None:
         now = i / 10
         for action in state.tick(now):
             beats += 1
-            assert action == Transmit(Heartbeat(id=beats))
-            assert hears(state, Heartbeat(id=beats), now) == []
+            assert action == Transmit(Heartbeat(id=beats + 1))
+            assert hears(state, Heartbeat(id=beats + 1), now) == []
     assert beats == pytest.approx(10.0 / heartbeat, rel=0.25)
     assert state.attached
 
 
 def test_silence_is_a_loss() -> None:
     state = attached()
-    assert state.tick(LinkState.SILENCE) == [Transmit(Heartbeat(id=1))]
+    assert state.tick(LinkState.SILENCE) == [Transmit(Heartbeat(id=2))]
     assert state.attached
     assert state.tick(LinkState.SILENCE + 0.1) == [Transmit(SILO)]
     assert not state.attached
@@ -238,7 +240,7 @@ def test_a_large_message_is_chased_by_a_heartbeat_that_times_it() -> None:
     hears(state, Welcome(heartbeat=1.0), 0.08)
     assert state.meter.speed is None
     state.tick(1.0)
-    hears(state, Heartbeat(id=1), 1.05)
+    assert hears(state, Heartbeat(id=1), 1.05) == []
     assert state.sent(CloseSession(id=1, session="s"), 100, 1.1) == []
     (action,) = state.sent(CloseSession(id=2, session="s"), 1_000_000, 1.1)
     assert action == Transmit(Heartbeat(id=2))

@@ -101,6 +101,9 @@ def test_what_a_pool_reads_is_what_all_of_it_reads() -> None:
     assert common_encodings([new, old]) == ("raw", "steps")
 
 
-def test_a_peer_reads_what_it_says() -> None:
-    attach = Attach(role="silo", name="s", peer=bytes(16), encodings=("raw",))
-    assert peer_from(b"r", attach, 0.0).encodings == {"raw"}
+def test_a_peer_reads_what_it_says_and_the_plain_encodings_at_least() -> None:
+    attach = Attach(role="silo", name="s", peer=bytes(16), encodings=("raw", "planes"))
+    assert peer_from(b"r", attach, 0.0).encodings == {"raw", "planes"}
+    for few in ((), ("raw",), ("steps", "blocks")):
+        with pytest.raises(MismatchError, match="every peer must read raw and planes"):
+            peer_from(b"r", Attach(role="silo", name="s", peer=bytes(16), encodings=few), 0.0)

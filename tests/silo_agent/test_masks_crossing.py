@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codec.errors import FrameError, MismatchError
+from codec.errors import FrameError, MismatchError, UsageError
 from codec.masks import decode_mask
 from codec.messages import Extend, Forward, MaskSpec, OpenRun
 from codec.plan import RunPlan
@@ -105,6 +105,22 @@ def test_a_mask_of_another_size_is_refused_and_disturbs_nothing(
                 remote.call(request, [torch.zeros(len(ids), 64)], mask=torch.ones(2, 2, dtype=torch.bool))
             logits = session.extend([0], [ids])
         assert torch.allclose(logits[0], tiny.logits(ids)[-1], atol=2e-5)
+
+
+def test_a_token_that_sees_nothing_is_refused_on_either_side(new_pool: Callable[[], Any], tiny: Any) -> None:
+    blind = torch.ones(3, 3, dtype=torch.bool).tril()
+    blind[1, 1] = False
+    with pytest.raises(UsageError, match="token 1 does not see itself"):
+        MicroBatch(torch.arange(3), (3,), torch.tensor([0]), torch.tensor([1]), blind)
+    with new_pool() as pool:
+        pool.start_worker()
+        remote = pool.remote()
+        with pool.session(remote=remote) as session:
+            with pytest.raises(UsageError, match="bool and square"):
+                session.extend([0], [[5, 6, 7]], mask=torch.ones(4, 4, dtype=torch.bool))
+            request = Extend(session=session._name, rows=(0,), starts=(0,), lengths=(3,))
+            with pytest.raises(MismatchError, match="does not see itself"):
+                remote.call(request, [torch.zeros(3, 64)], mask=blind)
 
 
 def test_a_mask_without_its_frame_is_refused(new_pool: Callable[[], Any], tiny: Any) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.speed import Speed
-from codec.messages import ENCODINGS, Extend, Result, TensorSpec
+from codec.messages import ENCODINGS, Encodings, Extend, Result, TensorSpec
 from codec.tensors import encode_tensor
 from silo_agent.wires import CANDIDATES, NEEDS, Cost, Wires, choose
 
@@ -74,7 +74,7 @@ def test_a_wire_that_is_asked_for_is_used() -> None:
 
 def test_auto_quantises_on_a_slow_link_and_says_so() -> None:
     wires = Wires("auto", speed=lambda: Speed(0.05, 1.25e5), noise=0.05)
-    assert wires.needed() == ("raw",)
+    assert wires.needed() == ("raw", "planes", "steps")
     for boundary in ("head → trunk", "trunk → tail", "tail → trunk (gradient)"):
         assert wires.pick(boundary, 256, 64) == "steps"
     assert wires.summary() == "steps"
@@ -94,6 +94,14 @@ def test_auto_keeps_to_what_workers_read() -> None:
     assert wires.pick("head → trunk", 256, 64) == "bf16"
     wires = Wires("auto", speed=lambda: Speed(0.05, 1e5), encodings=lambda: ("raw",))
     assert wires.pick("head → trunk", 256, 64) == "raw"
+
+
+def test_auto_keeps_to_what_it_told_the_broker() -> None:
+    """A worker was chosen by it; that another, older one leaves or a newer one comes changes nothing."""
+    reads: list[Encodings] = [("raw", "planes"), ENCODINGS]
+    wires = Wires("auto", speed=lambda: Speed(0.05, 1e5), encodings=lambda: reads.pop(0))
+    assert wires.needed() == ("raw", "planes")
+    assert wires.pick("head → trunk", 256, 64) == "bf16"
 
 
 def test_boundaries_that_differ_are_told_apart() -> None:
