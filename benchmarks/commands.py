@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from benchmarks.codec_command import codec, noise
+from benchmarks.decode_command import decode
 from benchmarks.link_command import link
 from codec.partition import Partition
 from codec.plan import checked_plan
@@ -21,6 +22,7 @@ def bench() -> None:
 bench.add_command(codec)
 bench.add_command(noise)
 bench.add_command(link)
+bench.add_command(decode)
 
 
 @bench.command("parity")

@@ -1,11 +1,10 @@
-"""The trunk service: one request in, the answers it causes out. No sockets, one thread."""
+"""The trunk service: waiting requests in, the answers they cause out. No sockets, one thread."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import count
+from typing import cast
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from codec.logs import Log
 from codec.masks import decode_mask
 from codec.messages import (
     Adapter,
-    AnyHeader,
     Backward,
     CloseRun,
     CloseSession,
@@ -38,24 +36,14 @@ from codec.messages import (
     OpenSession,
     Request,
     Result,
-    Wire,
 )
 from codec.plan import ModelCard
-from codec.tensors import decode_tensors, encode_tensors
+from codec.tensors import decode_tensors
+from workers.passes import Waiting, plan_passes
+from workers.replies import Reply, encoded, error_header, kind_of, readdressed
 from workers.run import TrunkRun
-from workers.session import TrunkSession, session_bytes
+from workers.session import Extension, TrunkSession, extend_together, session_bytes
 from workers.span import Span
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a request caused: tensors for `silo`, encoded as `wire` says."""
-
-    silo: bytes
-    header: AnyHeader
-    tensors: Sequence[Tensor] = ()
-    wire: Wire = "exact"
-    stochastic: bool = False
 
 
 class TrunkService:
@@ -70,23 +58,32 @@ class TrunkService:
         self._log = Log("worker")
         self._begun = 0.0
 
-    def handle(self, parcel: Parcel) -> list[Parcel]:
-        """Carry out one message. Never raises: what went wrong is an answer."""
+    def handle(self, parcels: Sequence[Parcel]) -> list[Parcel]:
+        """Carry out what waits, together where that can be. Never raises: what went wrong is an answer.
+
+        A silo's own requests keep their order.
+        """
+        answers: list[Parcel] = []
+        for members in plan_passes([self._waiting(parcel) for parcel in parcels]):
+            chosen = [parcels[index] for index in members]
+            if isinstance(chosen[0].header, Extend):
+                answers += self._extend(chosen)
+            else:
+                answers += self._guarded(chosen[0], self._carry_out)
+        return answers
+
+    def _waiting(self, parcel: Parcel) -> Waiting:
+        header, silo = parcel.header, parcel.peer
+        session = self._sessions.get((silo, header.session)) if isinstance(header, Extend) else None
+        if session is None or not isinstance(header, Extend) or header.mask is not None:
+            return Waiting(silo)
+        return Waiting(silo, session.place, (silo, header.session), sum(header.lengths))
+
+    def _guarded(self, parcel: Parcel, work: Callable[[Parcel], list[Parcel]]) -> list[Parcel]:
+        """What `work` answers, or the error it raised as an answer."""
         header = parcel.header
         try:
-            if isinstance(header, Gone):
-                replies = self._gone(parcel.peer, header)
-            elif isinstance(header, Request):
-                frames = parcel.buffers()
-                mask = _mask(header, frames)
-                tensors = decode_tensors(
-                    header.tensors, frames, boundary=f"silo's {_kind(header)}", device=self._span.device
-                )
-                self._begun = time.monotonic()
-                replies = self._dispatch(parcel.peer, header, tensors, mask)
-            else:
-                return []
-            return [_encoded(reply) for reply in replies]
+            return work(parcel)
         except TrunklineError as error:
             return [error_parcel(header.id, error).to(parcel.peer)]
         except Exception as error:
@@ -96,15 +93,65 @@ class TrunkService:
             )
             return [error_parcel(header.id, trouble).to(parcel.peer)]
 
+    def _carry_out(self, parcel: Parcel) -> list[Parcel]:
+        header = parcel.header
+        if isinstance(header, Gone):
+            return [encoded(reply) for reply in self._gone(parcel.peer, header)]
+        if not isinstance(header, Request):
+            return []
+        tensors, mask = self._opened_up(header, parcel)
+        return [encoded(reply) for reply in self._dispatch(parcel.peer, header, tensors, mask)]
+
+    def _opened_up(self, header: Request, parcel: Parcel) -> tuple[list[Tensor], Tensor | None]:
+        """The request's tensors and mask; the clock of its computation starts."""
+        frames = parcel.buffers()
+        mask = _mask(header, frames)
+        tensors = decode_tensors(
+            header.tensors, frames, boundary=f"silo's {kind_of(header)}", device=self._span.device
+        )
+        self._begun = time.monotonic()
+        return tensors, mask
+
+    def _extend(self, parcels: Sequence[Parcel]) -> list[Parcel]:
+        """Extend several sessions in as few passes as their places allow; each has its own errors."""
+        answers: list[Parcel] = []
+        ready: dict[object, list[tuple[Parcel, Extension]]] = {}
+
+        def prepare(parcel: Parcel) -> list[Parcel]:
+            extension = self._extension(parcel)
+            # Asked again: since the passes were planned a session may have been opened anew.
+            ready.setdefault(extension.session.place, []).append((parcel, extension))
+            return []
+
+        for parcel in parcels:
+            answers += self._guarded(parcel, prepare)
+        for group in ready.values():
+            self._begun = time.monotonic()
+
+            def together(_: Parcel, group: Sequence[tuple[Parcel, Extension]] = group) -> list[Parcel]:
+                results = extend_together(self._span, [extension for _, extension in group])
+                return [
+                    encoded(self._result(parcel.peer, cast("Extend", parcel.header), [result]))
+                    for (parcel, _), result in zip(group, results, strict=True)
+                ]
+
+            done = self._guarded(group[0][0], together)
+            answers += done
+            # One error answers for all that ran together.
+            answers += [readdressed(done[0], parcel) for parcel, _ in group[len(done) :]]
+        return answers
+
+    def _extension(self, parcel: Parcel) -> Extension:
+        request, silo = cast("Extend", parcel.header), parcel.peer
+        tensors, mask = self._opened_up(request, parcel)
+        session = self._session(silo, request.session)
+        packed = self._packed(tensors, sum(request.lengths))
+        return Extension(session, request.lengths, session.prepare(request), packed, mask)
+
     def _dispatch(
         self, silo: bytes, request: Request, tensors: list[Tensor], mask: Tensor | None
     ) -> list[Reply]:
         match request:
-            case Extend():
-                session = self._session(silo, request.session)
-                packed = self._packed(tensors, sum(request.lengths))
-                result = session.extend(request, packed, mask)
-                return [self._result(silo, request, [result])]
             case Forward():
                 run = self._run(silo, request.run)
                 packed = self._packed(tensors, sum(request.lengths))
@@ -208,7 +255,7 @@ class TrunkService:
             try:
                 run.ledger.check(member)
             except TrunklineError as error:
-                replies.append(Reply(member, _error_header(commit.id, error)))
+                replies.append(Reply(member, error_header(commit.id, error)))
         if not run.ledger.members:
             self._runs.pop(name).close()
         return replies
@@ -244,25 +291,3 @@ def _named(names: tuple[str, ...], tensors: list[Tensor]) -> dict[str, Tensor]:
     if len(set(names)) != len(tensors) or len(names) != len(tensors):
         raise ProtocolError(f"{len(tensors)} tensors came with {len(names)} names")
     return dict(zip(names, tensors, strict=True))
-
-
-def _error_header(request: int, error: TrunklineError) -> AnyHeader:
-    return error_parcel(request, error).header
-
-
-def _encoded(reply: Reply) -> Parcel:
-    """The reply as a message; one whose tensors cannot cross becomes an error."""
-    if not reply.tensors:
-        return Parcel.of(reply.header, peer=reply.silo)
-    try:
-        specs, frames = encode_tensors(
-            reply.tensors, reply.wire, f"worker's {_kind(reply.header)}", stochastic=reply.stochastic
-        )
-    except FrameError as error:
-        trouble = FrameError(error.what, hint=error.hint, side="worker")
-        return error_parcel(reply.header.id, trouble).to(reply.silo)
-    return Parcel.of(msgspec.structs.replace(reply.header, tensors=specs), frames, reply.silo)
-
-
-def _kind(header: AnyHeader) -> str:
-    return str(type(header).__struct_config__.tag)

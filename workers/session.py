@@ -1,6 +1,7 @@
 """A session on its worker: one generation's KV caches over the trunk."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,9 +33,16 @@ class TrunkSession:
                 drop_adapter(span, key)
                 raise
 
-    @torch.no_grad()
-    def extend(self, request: Extend, packed: Tensor, mask: Tensor | None) -> Tensor:
-        """Run the rows' new tokens, hidden states `[T, hidden]`, through trunk and caches."""
+    @property
+    def place(self) -> tuple[str | None, partition.Span]:
+        """What sessions must have in common to run together: the adapter and the blocks."""
+        return self._key, self._blocks
+
+    def prepare(self, request: Extend) -> list[RowCache]:
+        """Roll the request's rows back to where it starts; their caches.
+
+        Raises `ProtocolError` and `LimitError`; no row has changed then.
+        """
         counts = {len(request.rows), len(request.starts), len(request.lengths)}
         if len(counts) != 1 or len(set(request.rows)) != len(request.rows):
             raise ProtocolError("rows, starts and lengths must be one each for distinct rows")
@@ -51,13 +59,42 @@ class TrunkSession:
             for cache, length in zip(caches, before, strict=True):
                 cache.length = length
             raise
-        use_adapter(self._span, self._key)
-        return self._span.run(packed, request.lengths, caches=caches, blocks=self._blocks, mask=mask)
+        return caches
 
     def close(self) -> None:
         """Free the adapter; the caches go with the session."""
         if self._key is not None:
             drop_adapter(self._span, self._key)
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """New tokens for rows of one session: hidden states `packed` `[T, hidden]` and their caches."""
+
+    session: TrunkSession
+    lengths: tuple[int, ...]
+    caches: list[RowCache]
+    packed: Tensor
+    mask: Tensor | None = None
+
+
+@torch.no_grad()
+def extend_together(span: Span, extensions: Sequence[Extension]) -> list[Tensor]:
+    """Run the new tokens of several sessions of one `place` in one pass; each one's `[T, hidden]`.
+
+    A masked one runs alone.
+    """
+    key, blocks = extensions[0].session.place
+    use_adapter(span, key)
+    packed = [extension.packed.to(span.device, span.dtype) for extension in extensions]
+    output = span.run(
+        packed[0] if len(packed) == 1 else torch.cat(packed),
+        [length for extension in extensions for length in extension.lengths],
+        caches=[cache for extension in extensions for cache in extension.caches],
+        blocks=blocks,
+        mask=extensions[0].mask,
+    )
+    return list(output.split([len(part) for part in packed]))
 
 
 def session_bytes(span: Span, opening: OpenSession) -> int:

@@ -95,6 +95,15 @@ def test_link_times_auto_beside_raw(run: Run) -> None:
             assert set(row[what]["picks"]) <= set(CANDIDATES)
 
 
+def test_decode_counts_tokens_of_many_sessions(run: Run) -> None:
+    report, printed = run("decode", "--sessions", "1,3", "--context", "4", "--tokens", "4", "--rounds", "1")
+    one, three = report["results"]["rows"]
+    assert (one["sessions"], one["scaling"], three["sessions"]) == (1, 1.0, 3)
+    assert three["scaling"] == pytest.approx(three["tokens_per_s"] / one["tokens_per_s"])
+    assert report["results"]["ratio_to_transformers"] > 0
+    assert "times transformers'" in printed
+
+
 def test_a_plot_without_matplotlib_says_so_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -109,3 +118,5 @@ def test_a_plot_without_matplotlib_says_so_before_anything_is_measured(
 def test_rates_that_are_none_are_refused_by_name() -> None:
     done = CliRunner().invoke(bench, ["link", "--mbit", "fast"])
     assert "'fast' is not a list of rates" in str(done.exception)
+    done = CliRunner().invoke(bench, ["decode", "--sessions", "1,0"])
+    assert "'1,0' is not a list of numbers" in str(done.exception)

@@ -123,8 +123,8 @@ class Desk:
         self.deliver(self.router.tick(self.now))
 
 
-def silo_attach(name: str = "north") -> Attach:
-    return Attach(role="silo", name=name, peer=secrets.token_bytes(16))
+def silo_attach(name: str = "north", **fields: Any) -> Attach:
+    return Attach(role="silo", name=name, peer=secrets.token_bytes(16), **fields)
 
 
 def worker_attach(name: str = "w", **fields: Any) -> Attach:

@@ -98,6 +98,33 @@ def test_a_worker_without_a_span_is_refused(desk: Any, introduce: Any, fields: d
     assert not desk.router.peers
 
 
+def test_a_silo_hears_what_workers_read_and_gets_one_that_reads_what_it_sends(
+    desk: Any, introduce: Any
+) -> None:
+    old, new = desk.worker("old", encodings=("raw", "planes")), desk.worker("new")
+    silo = desk.party(introduce("silo"))
+    (welcome,) = silo.read()
+    assert welcome.encodings == ("raw", "planes")
+    silo.opens("s", 1, encodings=("raw", "steps"))
+    silo.joins("r", 2, encodings=("raw", "blocks"))
+    assert [header.id for header in new.read()] == [1, 2]
+    assert old.read() == []
+    new.leaves()
+    silo.read()
+    silo.opens("t", 3, encodings=("raw", "steps"))
+    error = silo.reads_error()
+    assert (error.id, error.code, error.side) == (3, "mismatch", "worker")
+    assert "reads all of raw, steps" in error.what
+
+
+@pytest.mark.parametrize("role", ["silo", "worker"])
+def test_who_does_not_read_the_plain_encodings_is_refused(desk: Any, introduce: Any, role: str) -> None:
+    party = desk.party(introduce(role, encodings=("steps",)))
+    error = party.reads_error()
+    assert (error.code, error.side) == ("mismatch", role)
+    assert not desk.router.peers
+
+
 def test_a_session_stays_with_its_worker(desk: Any) -> None:
     workers, silo = [desk.worker("a"), desk.worker("b")], desk.silo()
     for number, name in enumerate("stuv", 1):

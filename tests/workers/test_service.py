@@ -83,7 +83,7 @@ class Office:
         else:
             specs, frames = tuple(s for s, _ in tensors), [f for _, f in tensors]
         numbered = msgspec.structs.replace(header, id=next(self._ids), tensors=specs)
-        return self.service.handle(Parcel.of(numbered, frames, silo))
+        return self.service.handle([Parcel.of(numbered, frames, silo)])
 
     def ask(self, silo: bytes, header: Any, tensors: Sequence[Any] = ()) -> Any:
         """The one answer, which is the asker's; with `tensors` where it has some."""
@@ -112,7 +112,7 @@ class Office:
         return OpenRun(**{**common, "plan": PLAN, **fields})
 
     def gone(self, silo: bytes) -> list[Parcel]:
-        return self.service.handle(Parcel.of(Gone(name=silo.decode().strip(".")), peer=silo))
+        return self.service.handle([Parcel.of(Gone(name=silo.decode().strip(".")), peer=silo)])
 
     def lora_tensors(self) -> list[str]:
         return [name for name, _ in self.worker.span.model.named_parameters() if "lora" in name]
@@ -571,7 +571,7 @@ def test_a_defect_is_an_answer_too(
 
 def test_what_is_no_request_is_not_answered(busy: Office) -> None:
     for header in (Heartbeat(), Result(id=1), Opened(id=1), Error(id=1, code="x", what="y", side="broker")):
-        assert busy.service.handle(Parcel.of(header, peer=NORTH)) == []
+        assert busy.service.handle([Parcel.of(header, peer=NORTH)]) == []
 
 
 def test_a_silo_that_is_gone_leaves_nothing(new_office: Callable[..., Office]) -> None:
@@ -640,7 +640,7 @@ def test_after_its_last_step_a_run_is_closed_one_by_one(office: Office) -> None:
 def test_a_broker_that_forgot_everyone_frees_everything(busy: Office) -> None:
     """The link says so with an empty peer frame."""
     busy.tell(NORTH, commit())
-    busy.service.handle(Parcel.of(Gone(name="every silo")))
+    busy.service.handle([Parcel.of(Gone(name="every silo"))])
     assert (busy.service._sessions, busy.service._runs) == ({}, {})
     assert busy.lora_tensors() == []
     assert isinstance(busy.open_session(NORTH), Opened)
