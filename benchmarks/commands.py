@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.broker_command import broker
 from benchmarks.codec_command import codec, noise
 from benchmarks.decode_command import decode
 from benchmarks.link_command import link
@@ -20,6 +21,7 @@ def bench() -> None:
 
 
 bench.add_command(codec)
+bench.add_command(broker)
 bench.add_command(noise)
 bench.add_command(link)
 bench.add_command(decode)

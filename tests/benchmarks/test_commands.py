@@ -95,6 +95,17 @@ def test_link_times_auto_beside_raw(run: Run) -> None:
             assert set(row[what]["picks"]) <= set(CANDIDATES)
 
 
+def test_broker_is_measured_beside_a_proxy(tmp_path: Path) -> None:
+    path = tmp_path / "broker.json"
+    options = ["--sizes", "1024,4096", "--count", "64", "--window", "8", "--rounds", "1"]
+    done = CliRunner().invoke(bench, ["broker", *options, "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(path.read_text())["results"]["rows"]
+    assert [row["bytes"] for row in rows] == [1024, 4096]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["broker_per_s"] / row["proxy_per_s"])
+
+
 def test_decode_counts_tokens_of_many_sessions(run: Run) -> None:
     report, printed = run("decode", "--sessions", "1,3", "--context", "4", "--tokens", "4", "--rounds", "1")
     one, three = report["results"]["rows"]
@@ -120,3 +131,5 @@ def test_rates_that_are_none_are_refused_by_name() -> None:
     assert "'fast' is not a list of rates" in str(done.exception)
     done = CliRunner().invoke(bench, ["decode", "--sessions", "1,0"])
     assert "'1,0' is not a list of numbers" in str(done.exception)
+    done = CliRunner().invoke(bench, ["broker", "--sizes", "big"])
+    assert "'big' is not a list of sizes" in str(done.exception)

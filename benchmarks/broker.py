@@ -1,0 +1,170 @@
+"""How many messages a second does the broker route, beside `zmq.proxy`, which only passes them on?
+
+Load and echo are plain sockets with headers encoded beforehand, in processes of their own, and the
+same for both, so that what differs is what stands in the middle: a real `trunkline broker`, or a
+process that runs `zmq.proxy`. Both take turns.
+"""
+
+import contextlib
+import multiprocessing
+import secrets
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from benchmarks.echo import echo_card
+from codec.messages import Attach, Extend, Opened, OpenSession, Result, TensorSpec, encode_header
+from silo_agent.processes import Processes
+
+Progress = Callable[[str], None]
+Socket = zmq.Socket[bytes]
+
+_TIMEOUT_MS = 20_000
+_SPAWN = multiprocessing.get_context("spawn")
+_HIDDEN = 4
+
+
+def measure(
+    *, sizes: Sequence[int], count: int, window: int, rounds: int, progress: Progress
+) -> dict[str, Any]:
+    """Round trips per second with `window` requests under way, and the latency of one at a time.
+
+    Each round sends `count` requests of each of the `sizes` (bytes of payload), fewer of large ones.
+    """
+    found: dict[tuple[int, str], list[float]] = {}
+    waits: dict[tuple[int, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as logs, Processes(Path(logs)) as processes:
+        for number in range(rounds):
+            for size in sizes:
+                requests = max(64, min(count, (256 << 20) // size))
+                for middle in ("proxy", "broker"):
+                    progress(f"round {number + 1} of {rounds}, {size} bytes, {middle}")
+                    with _line(middle, processes, requests) as socket:
+                        rate, latencies = _load(socket, middle, size, requests, window)
+                    found.setdefault((size, middle), []).append(rate)
+                    waits.setdefault((size, middle), []).extend(latencies)
+    rows = []
+    for size in sizes:
+        broker, proxy = found[size, "broker"], found[size, "proxy"]
+        percentiles = {m: statistics.quantiles(waits[size, m], n=100) for m in ("broker", "proxy")}
+        rows.append(
+            {
+                "bytes": size,
+                "broker_per_s": statistics.median(broker),
+                "proxy_per_s": statistics.median(proxy),
+                "ratio": statistics.median(b / p for b, p in zip(broker, proxy, strict=True)),
+                "added_us_p50": (percentiles["broker"][49] - percentiles["proxy"][49]) * 1e6,
+                "added_us_p99": (percentiles["broker"][98] - percentiles["proxy"][98]) * 1e6,
+            }
+        )
+    return {"window": window, "rows": rows}
+
+
+@contextlib.contextmanager
+def _line(middle: str, processes: Processes, requests: int) -> Iterator[Socket]:
+    """A connected client socket, with the middle and an echo behind it."""
+    context: zmq.Context[Socket] = zmq.Context()
+    ours, theirs = _SPAWN.Pipe()
+    children = []
+    try:
+        if middle == "broker":
+            front = back = processes.broker()
+        else:
+            children.append(_SPAWN.Process(target=_proxy, args=(theirs,), daemon=True))
+            children[0].start()
+            if not ours.poll(_TIMEOUT_MS / 1000):
+                raise TimeoutError("the proxy did not start")
+            front, back = ours.recv()
+        children.append(_SPAWN.Process(target=_echo, args=(back, middle, requests), daemon=True))
+        children[-1].start()
+        with _dealer(context, front) as socket:
+            yield socket
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+        context.term()
+
+
+def _dealer(context: "zmq.Context[Socket]", endpoint: str) -> Socket:
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RCVTIMEO, _TIMEOUT_MS)
+    socket.setsockopt(zmq.SNDTIMEO, _TIMEOUT_MS)
+    socket.connect(endpoint)
+    return socket
+
+
+def _proxy(pipe: Any) -> None:
+    context: zmq.Context[Socket] = zmq.Context()
+    front, back = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in (front, back)]
+    pipe.send([f"tcp://127.0.0.1:{port}" for port in ports])
+    zmq.proxy(front, back)
+
+
+def _attach(socket: Socket, role: Any) -> None:
+    peer = secrets.token_bytes(16)
+    attach = Attach(id=1, role=role, name="bench", peer=peer)
+    if role == "worker":
+        attach = msgspec.structs.replace(attach, model=echo_card(_HIDDEN), start=0, stop=3)
+    socket.send_multipart([b"", encode_header(attach)])
+    socket.recv_multipart()
+
+
+def _echo(endpoint: str, middle: str, requests: int) -> None:
+    """Answer every request with as many bytes, in the order in which they come."""
+    answers = [encode_header(Result(id=number)) for number in range(2, 3 * requests + 100)]
+    with zmq.Context() as context, _dealer(context, endpoint) as socket:
+        socket.setsockopt(zmq.RCVTIMEO, -1)  # The parent ends this process.
+        if middle == "broker":
+            _attach(socket, "worker")
+            peer, _ = socket.recv_multipart()
+            socket.send_multipart([peer, encode_header(Opened(id=1))])
+        for answer in answers:
+            *peers, _, payload = socket.recv_multipart(copy=False)
+            socket.send_multipart([*peers, answer, payload], copy=False)
+
+
+def _load(socket: Socket, middle: str, size: int, requests: int, window: int) -> tuple[float, list[float]]:
+    """Requests per second with `window` under way, and the seconds of each one sent alone."""
+    specs = (TensorSpec("f32", (size // 4,), "raw", (size,)),)
+    fields: dict[str, Any] = {"session": "s", "rows": (0,), "starts": (0,), "lengths": (1,)}
+    numbers = range(2, 3 * requests + 100)
+    headers = iter([encode_header(Extend(id=number, tensors=specs, **fields)) for number in numbers])
+    payload = bytes(size)
+    if middle == "broker":
+        _attach(socket, "silo")
+        opening = OpenSession(
+            id=1, session="s", model=echo_card(_HIDDEN), start=0, stop=3, rows=1, capacity=8
+        )
+        for _ in range(200):  # Until the echo is attached too.
+            socket.send_multipart([b"", encode_header(opening)])
+            if b"opened" in socket.recv_multipart()[1]:
+                break
+            time.sleep(0.05)
+
+    def send() -> None:
+        socket.send_multipart([b"", next(headers), payload], copy=False)
+
+    alone = []
+    for _ in range(min(requests, 500) + 20):
+        begun = time.perf_counter()
+        send()
+        socket.recv_multipart(copy=False)
+        alone.append(time.perf_counter() - begun)
+    begun = time.perf_counter()
+    for _ in range(window):
+        send()
+    for _ in range(requests - window):
+        socket.recv_multipart(copy=False)
+        send()
+    for _ in range(window):
+        socket.recv_multipart(copy=False)
+    return requests / (time.perf_counter() - begun), alone[20:]
