@@ -92,7 +92,7 @@ def quantise(flat: Tensor, step: float, norm: float, *, stochastic: bool) -> Cod
     dither = _dither(flat) if stochastic else None
     scaled = scratch("scaled", size, torch.float32, device)
     if dither is None:
-        torch.add(torch.tensor(_MAGIC, device=device), flat, alpha=1 / step, out=scaled)
+        torch.add(torch.full((), _MAGIC, device=device), flat, alpha=1 / step, out=scaled)
     else:
         torch.add(dither, flat, alpha=1 / step, out=scaled).add_(_MAGIC)
     if norm > _INT16 * step:
