@@ -26,14 +26,12 @@ def broker(sizes: str, count: int, window: int, rounds: int, json_path: Path | N
       trunkline bench broker --sizes 1024 --rounds 1
     """
     from benchmarks.broker import measure
-    from codec.errors import UsageError
+    from benchmarks.numbers import numbers
     from silo_agent.report import write_report
 
-    numbers = [int(size) if size.isdecimal() else 0 for size in sizes.split(",")]
-    if min(numbers) < 4:
-        raise UsageError(f"{sizes!r} is not a list of sizes", hint="Write it as --sizes 1024,65536.")
+    wanted = [int(size) for size in numbers(sizes, least=4, example="--sizes 1024,65536")]
     with Console(stderr=True).status("starting") as status:
-        results = measure(sizes=numbers, count=count, window=window, rounds=rounds, progress=status.update)
+        results = measure(sizes=wanted, count=count, window=window, rounds=rounds, progress=status.update)
     table = Table("bytes", "broker/s", "zmq.proxy/s", "ratio", "added µs, 50 %", "99 %", box=None)
     for row in results["rows"]:
         table.add_row(
@@ -45,5 +43,5 @@ def broker(sizes: str, count: int, window: int, rounds: int, json_path: Path | N
             f"{row['added_us_p99']:.0f}",
         )
     Console().print(table)
-    settings = {"sizes": numbers, "count": count, "window": window, "rounds": rounds}
+    settings = {"sizes": wanted, "count": count, "window": window, "rounds": rounds}
     write_report(json_path, "broker", settings, results)

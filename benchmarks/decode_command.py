@@ -38,19 +38,17 @@ def decode(
       trunkline bench decode --model tiny --sessions 1,4 --tokens 16
     """
     from benchmarks.decode import measure
-    from codec.errors import UsageError
+    from benchmarks.numbers import numbers
     from codec.partition import Partition
     from silo_agent.report import write_report
 
     runtime.quiet_libraries()
-    numbers = [int(number) if number.isdecimal() else 0 for number in sessions.split(",")]
-    if min(numbers) < 1:
-        raise UsageError(f"{sessions!r} is not a list of numbers", hint="Write it as --sessions 1,4,16.")
+    wanted = [int(number) for number in numbers(sessions, least=1, example="--sessions 1,4,16")]
     with Console(stderr=True).status("reading the model") as status:
         results = measure(
             model,
             Partition(head, tail),
-            sessions=numbers,
+            sessions=wanted,
             context=context,
             tokens=tokens,
             rounds=rounds,
@@ -77,7 +75,7 @@ def decode(
         "model": model,
         "head": head,
         "tail": tail,
-        "sessions": numbers,
+        "sessions": wanted,
         "context": context,
         "tokens": tokens,
         "rounds": rounds,

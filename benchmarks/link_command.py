@@ -30,18 +30,15 @@ def link(
       trunkline bench link --model tiny --mbit 5,50 --rtt-ms 50
     """
     from benchmarks.link import measure
+    from benchmarks.numbers import numbers
     from benchmarks.parts import Parts
     from benchmarks.texts import tokenized
-    from codec.errors import UsageError
     from codec.partition import Partition
     from silo_agent.report import write_report
     from workers.checkpoint import Checkpoint
 
     runtime.quiet_libraries()
-    try:
-        rates = [float(rate) for rate in mbit.split(",")]
-    except ValueError:
-        raise UsageError(f"{mbit!r} is not a list of rates", hint="Write it as --mbit 10,100,0.") from None
+    rates = numbers(mbit, least=0, example="--mbit 10,100,0")
     checkpoint = Checkpoint(model)
     with Console(stderr=True).status("running the model") as status:
         texts = tokenized(str(checkpoint.ref), None, tokens=tokens, max_length=tokens)

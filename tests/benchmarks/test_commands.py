@@ -128,8 +128,8 @@ def test_a_plot_without_matplotlib_says_so_before_anything_is_measured(
 
 def test_rates_that_are_none_are_refused_by_name() -> None:
     done = CliRunner().invoke(bench, ["link", "--mbit", "fast"])
-    assert "'fast' is not a list of rates" in str(done.exception)
+    assert "'fast' is not a list of numbers" in str(done.exception)
     done = CliRunner().invoke(bench, ["decode", "--sessions", "1,0"])
     assert "'1,0' is not a list of numbers" in str(done.exception)
     done = CliRunner().invoke(bench, ["broker", "--sizes", "big"])
-    assert "'big' is not a list of sizes" in str(done.exception)
+    assert "'big' is not a list of numbers" in str(done.exception)
