@@ -11,7 +11,7 @@ import secrets
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import msgspec
 import zmq
 
 from benchmarks.echo import echo_card
+from benchmarks.progress import Progress
 from codec.messages import Attach, Extend, Opened, OpenSession, Result, TensorSpec, encode_header
 from silo_agent.processes import Processes
 
-Progress = Callable[[str], None]
 Socket = zmq.Socket[bytes]
 
 _TIMEOUT_MS = 20_000

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.parts import Parts
+from benchmarks.progress import Progress
 from benchmarks.timing import codec_times, one_token_us, plain_lz4_ms
 from codec.messages import Wire
 from codec.partition import Partition
@@ -22,8 +23,6 @@ from codec.quantise import Size
 from codec.tensors import decode_tensors, encode_tensor
 from silo_agent.wires import Boundary, is_gradient
 from workers.checkpoint import Checkpoint
-
-Progress = Callable[[str], None]
 
 _STEP_FACTORS = (0.5, 1.0, 2.0, 4.0)
 _LANE_STEP = 0.05

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.codec import Progress
+from benchmarks.progress import Progress
 from benchmarks.reference import greedy, whole_model
 from broker.link import ZmqLink
 from codec.messages import CloseSession, Extend, OpenSession

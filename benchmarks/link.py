@@ -17,8 +17,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from benchmarks.codec import Progress
 from benchmarks.echo import echo_card, serve_echo
+from benchmarks.progress import Progress
 from broker.link import ZmqLink
 from codec.messages import Backward, Extend, Forward, OpenRun, OpenSession
 from codec.plan import RunPlan

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.codec import Progress
 from benchmarks.parts import Parts
+from benchmarks.progress import Progress
 from codec.partition import Partition
 from silo_agent.ends import Ends
 from workers.checkpoint import Checkpoint

@@ -112,11 +112,11 @@ def _medians(works: Mapping[str, Callable[[int], Any]]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for i in islice(cycle(range(_COPIES)), _ROUNDS):
         for name, work in works.items():
-            times[name].append(_seconds(lambda work=work, i=i: work(i)))  # type: ignore[misc]
+            times[name].append(_seconds(work, i))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def _seconds(work: Callable[..., Any], *arguments: int) -> float:
     begun = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - begun

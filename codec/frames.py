@@ -19,6 +19,7 @@ from codec.errors import FrameError
 from codec.limits import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TENSORS
 from codec.messages import DType, TensorSpec
 from codec.planes import Buffer, Bytes, fits, restore, shrink
+from codec.zigzag import Ints, unzigzag, zigzag
 
 ITEM_SIZES: dict[DType, int] = {"f32": 4, "bf16": 2, "f16": 2}
 BLOCK = 64
@@ -35,8 +36,6 @@ _STEP_BYTES = 2
 
 _WORD_BYTES = 4
 """An outlier's distance from the one before, and its zigzagged value, are 32 bits each."""
-
-Ints = npt.NDArray[np.int64]
 
 
 def encode_raw(data: Bytes, dtype: DType, shape: tuple[int, ...]) -> tuple[TensorSpec, Buffer]:
@@ -64,7 +63,7 @@ def encode_steps(
     parts = list(planes)
     if len(positions):
         distances = np.diff(positions, prepend=0).astype("<u4")
-        zigzagged = ((values << 1) ^ (values >> 63)).astype("<u4")
+        zigzagged = zigzag(values).astype("<u4")
         for words in (distances, zigzagged):
             columns = words.view(np.uint8).reshape(-1, _WORD_BYTES).T
             parts.append(np.ascontiguousarray(columns).reshape(-1))
@@ -193,4 +192,4 @@ def decode_outliers(spec: TensorSpec, parts: Sequence[Bytes]) -> tuple[Ints, Int
     positions = np.cumsum(distances)
     if (distances[1:] == 0).any() or positions[-1] >= math.prod(spec.shape):
         raise FrameError("the positions of a tensor's outliers are not within it, one after another")
-    return positions, (zigzagged >> 1) ^ -(zigzagged & 1)
+    return positions, unzigzag(zigzagged)

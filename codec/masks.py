@@ -15,6 +15,7 @@ from codec.errors import FrameError, UsageError
 from codec.limits import MASK_PER_RUN, MAX_MASK, MAX_MASK_WIDTH
 from codec.messages import MaskSpec
 from codec.planes import Buffer, Bytes, fits, restore, shrink
+from codec.zigzag import Ints, unzigzag, zigzag
 
 Mask = npt.NDArray[np.bool_]
 
@@ -40,7 +41,7 @@ def encode_mask(mask: Mask) -> tuple[MaskSpec, bytes]:
     runs = np.diff(np.flatnonzero(starts), prepend=0, append=flat.size)
     steps = runs.copy()
     steps[2:] -= runs[:-2]
-    values = (steps << 1) ^ (steps >> 63)
+    values = zigzag(steps)
     width = int(values.max()).bit_length()
     bits = np.unpackbits(values.astype(">u4").view(np.uint8)).reshape(-1, 32)[:, 32 - width :]
     return MaskSpec(queries, keys, runs.size, width), bytes(shrink(np.packbits(bits)))
@@ -89,12 +90,11 @@ def decode_mask(spec: MaskSpec, frame: Buffer) -> Mask:
     return np.unpackbits(words.view(np.uint8), axis=1, count=spec.keys).view(np.bool_)
 
 
-def _runs(packed: Bytes, spec: MaskSpec, elements: int) -> npt.NDArray[np.int64]:
+def _runs(packed: Bytes, spec: MaskSpec, elements: int) -> Ints:
     """The run lengths, int64 `[runs]`. Raises `FrameError` unless they make `elements`."""
     bits = np.zeros((spec.runs, 32), dtype=np.uint8)
     bits[:, 32 - spec.width :] = np.unpackbits(packed, count=spec.runs * spec.width).reshape(spec.runs, -1)
-    values = np.packbits(bits).view(">u4").astype(np.int64)
-    runs = (values >> 1) ^ -(values & 1)
+    runs = unzigzag(np.packbits(bits).view(">u4").astype(np.int64))
     for half in (runs[0::2], runs[1::2]):
         np.cumsum(half, out=half)
     # Neither sum overflows: 2**21 steps under 2**27, then 2**21 runs of at most 2**26.

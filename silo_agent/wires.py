@@ -98,7 +98,7 @@ class Wires:
     ) -> None:
         self._wire, self._speed, self._encodings, self._noise = wire, speed, encodings, noise
         self._dtype, self._device = dtype, torch.device(device)
-        self._agreed: Encodings | None = None
+        self._candidates: tuple[Wire, ...] = ()
         self._costs: dict[tuple[float, bool, int], dict[Wire, Cost]] = {}
         self.picks: dict[Boundary, Pick] = {}
         """What `auto` chose last, by boundary."""
@@ -108,26 +108,21 @@ class Wires:
 
         With `auto`, what all workers read that are attached now: asked once, and kept to.
         """
-        if self._wire != "auto":
-            return NEEDS[self._wire]
-        if self._agreed is None:
-            readable = self._encodings()
-            wires = [wire for wire in CANDIDATES if set(NEEDS[wire]) <= set(readable)]
-            self._agreed = tuple(e for e in ENCODINGS if any(e in NEEDS[wire] for wire in wires))
-        return self._agreed
+        wires = self._usable() if self._wire == "auto" else (self._wire,)
+        return tuple(e for e in ENCODINGS if any(e in NEEDS[wire] for wire in wires))
+
+    def _usable(self) -> tuple[Wire, ...]:
+        if not self._candidates:
+            readable = {"raw", *self._encodings()}  # Whatever a broker says, every peer reads raw.
+            self._candidates = tuple(wire for wire in CANDIDATES if readable.issuperset(NEEDS[wire]))
+        return self._candidates
 
     def pick(self, boundary: Boundary, tokens: int, hidden: int) -> Wire:
         """The wire for a tensor `[tokens, hidden]` that is about to cross `boundary`."""
         if self._wire != "auto":
             return self._wire
-        agreed = set(self.needed())
         noise = self._noise if boundary == "head → trunk" else 0.0
-        costs = {
-            wire: cost
-            for wire, cost in self._measured(noise, is_gradient(boundary), hidden).items()
-            if agreed.issuperset(NEEDS[wire])
-        }
-        speed = self._speed()
+        costs, speed = self._measured(noise, is_gradient(boundary), hidden), self._speed()
         pick = choose(costs, tokens * hidden, speed.rate if speed else _ASSUMED_RATE)
         self.picks[boundary] = pick
         return pick.wire
@@ -161,7 +156,7 @@ class Wires:
             few, many = (
                 torch.randn(rows, hidden, dtype=self._dtype, device=self._device) for rows in (1, _LARGE_ROWS)
             )
-            self._costs[key] = {wire: _cost(few, many, wire, noise, gradient) for wire in CANDIDATES}
+            self._costs[key] = {wire: _cost(few, many, wire, noise, gradient) for wire in self._usable()}
         return self._costs[key]
 
 

@@ -74,8 +74,10 @@ class TrunkService:
 
     def _waiting(self, parcel: Parcel) -> Waiting:
         header, silo = parcel.header, parcel.peer
-        session = self._sessions.get((silo, header.session)) if isinstance(header, Extend) else None
-        if session is None or not isinstance(header, Extend) or header.mask is not None:
+        if not isinstance(header, Extend) or header.mask is not None:
+            return Waiting(silo)
+        session = self._sessions.get((silo, header.session))
+        if session is None:
             return Waiting(silo)
         return Waiting(silo, session.place, (silo, header.session), sum(header.lengths))
 
