@@ -1,4 +1,4 @@
-"""Where a broker listens: `tcp://host:port`, on loopback only until there are keys."""
+"""Where a broker listens: `tcp://host:port`, beyond loopback only with keys."""
 
 from urllib.parse import urlsplit
 
@@ -7,8 +7,8 @@ from codec.errors import UsageError
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-def check_endpoint(endpoint: str, *, free_port: bool = False) -> None:
-    """Refuse what is not `tcp://host:port`, and any host beyond loopback: it would be open to all.
+def check_endpoint(endpoint: str, *, free_port: bool = False, keys: bool = False) -> None:
+    """Refuse what is not `tcp://host:port`, and without `keys` any host beyond loopback.
 
     Port 0, any free one, is for listening: `free_port`. Raises `UsageError`.
     """
@@ -21,11 +21,11 @@ def check_endpoint(endpoint: str, *, free_port: bool = False) -> None:
         raise _malformed(endpoint)
     if port == 0 and not free_port:
         raise UsageError(f"{endpoint} names no port", hint="Give the port that the broker listens on.")
-    if host not in _LOOPBACK:
+    if host not in _LOOPBACK and not keys:
         raise UsageError(
-            f"{endpoint} is beyond loopback, and this version has no keys to tell friend from stranger",
+            f"{endpoint} is beyond loopback, and without keys friend and stranger look the same",
             side="broker",
-            hint="Listen on 127.0.0.1 and reach it through an authenticated tunnel (ssh -L, WireGuard).",
+            hint="Make keys (trunkline keys --help), or use 127.0.0.1 and a tunnel (ssh -L, WireGuard).",
         )
 
 

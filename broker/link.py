@@ -14,6 +14,8 @@ from typing import Protocol
 import zmq
 
 from broker.endpoint import check_endpoint, is_ipv6
+from broker.handshake import Watch
+from broker.keys import LinkKeys
 from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
 from broker.parcel import Parcel
 from broker.speed import Speed
@@ -55,11 +57,17 @@ class Link(Protocol):
 class ZmqLink:
     """A link over TCP. Attaches by itself, and again after every loss, for `patience` seconds."""
 
-    def __init__(self, endpoint: str, attach: Attach, *, patience: float = 30.0) -> None:
-        """Start connecting; nothing is awaited. Raises `UsageError` for a malformed endpoint."""
-        check_endpoint(endpoint)
+    def __init__(
+        self, endpoint: str, attach: Attach, *, patience: float = 30.0, keys: LinkKeys | None = None
+    ) -> None:
+        """Start connecting; nothing is awaited.
+
+        Raises `UsageError` for a malformed endpoint, and without `keys` for one beyond loopback.
+        """
+        check_endpoint(endpoint, keys=keys is not None)
         self._endpoint = endpoint
-        self._state = LinkState(attach, endpoint, patience, time.monotonic())
+        self._keys = keys
+        self._state = LinkState(attach, endpoint, patience, time.monotonic(), keys)
         self._inbox: queue.SimpleQueue[Parcel | TrunklineError] = queue.SimpleQueue()
         self._outbox: deque[Parcel] = deque()
         self._failure: TrunklineError | None = None
@@ -127,14 +135,18 @@ class ZmqLink:
                 socket.setsockopt(zmq.RECONNECT_IVL, 50)
                 socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
                 socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-                socket.connect(self._endpoint)
-                self._loop(socket)
+                if self._keys is not None:
+                    self._keys.guard(socket)
+                with contextlib.closing(Watch(socket, self._endpoint)) as watch:
+                    socket.connect(self._endpoint)
+                    self._loop(socket, watch)
             except Exception as error:  # The owner must hear of it: it would wait for ever.
                 Log("link").failed("the link broke")
                 self._fail(TrunklineError(f"the link broke: {error}"))
 
-    def _loop(self, socket: "zmq.Socket[bytes]") -> None:
+    def _loop(self, socket: "zmq.Socket[bytes]", watch: Watch) -> None:
         poller = zmq.Poller()
+        poller.register(watch.events, zmq.POLLIN)
         poller.register(self._bell.fileno(), zmq.POLLIN)
         self._act(socket, self._state.tick(time.monotonic()))
         while self._failure is None and not self._finished(time.monotonic()):
@@ -144,6 +156,9 @@ class ZmqLink:
             self._blocked = False
             if self._bell.fileno() in ready:
                 self._bell.recv(4096)
+            if watch.events in ready:
+                for failure in watch.failures():
+                    self._act(socket, self._state.unshaken(failure, time.monotonic()))
             if ready.get(socket, 0) & zmq.POLLIN:
                 self._drain(socket)
             self._act(socket, self._state.tick(time.monotonic()))

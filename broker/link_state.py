@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from broker.handshake import Failure
+from broker.keys import LinkKeys
 from broker.parcel import Parcel, error_parcel
 from broker.speed import SpeedMeter
-from codec.errors import LinkError, TrunklineError, UnavailableError, from_code
+from codec.errors import LinkError, RefusedError, TrunklineError, UnavailableError, from_code
 from codec.messages import (
     ENCODINGS,
     AnyHeader,
@@ -47,8 +49,12 @@ class LinkState:
 
     RETRY = 0.5
     SILENCE = 5.0
+    CUT = 1.5
+    """Seconds of nothing but handshakes that are cut off, after which it is the broker's key."""
 
-    def __init__(self, attach: Attach, endpoint: str, patience: float, now: float) -> None:
+    def __init__(
+        self, attach: Attach, endpoint: str, patience: float, now: float, keys: LinkKeys | None = None
+    ) -> None:
         self.attached = False
         self.encodings: Encodings = ENCODINGS
         """What the broker said that workers read."""
@@ -57,6 +63,8 @@ class LinkState:
         self._attach = attach
         self._endpoint = endpoint
         self._patience = patience
+        self._keys = keys
+        self._cut = (now, now)
         self._lost_since = now
         self._heard = now
         self._sent = float("-inf")
@@ -83,6 +91,20 @@ class LinkState:
             return [Fail(from_code(header.code, header.what, header.hint, header.side))]
         self._waiting.pop(header.id, None)
         return [Deliver(parcel)]
+
+    def unshaken(self, failure: Failure, now: float) -> list[Action]:
+        """A handshake with the broker failed."""
+        if failure == "refused" and self._keys is not None:
+            return [Fail(_not_allowed(self._endpoint, self._keys))]
+        if failure == "mechanism":
+            return [Fail(_other_mechanism(self._endpoint, self._attach, self._keys))]
+        # A broker that ends cuts a handshake off too; one that could be attached to has the right key.
+        if failure == "cut" and self._keys is not None and not self._known:
+            first, last = self._cut
+            self._cut = (first if now - last < self.CUT else now, now)
+            if now - self._cut[0] >= self.CUT:
+                return [Fail(_wrong_broker_key(self._endpoint, self._attach))]
+        return []
 
     def sent(self, header: AnyHeader, size: int, now: float) -> list[Action]:
         """A message of the owner left, with `size` bytes of tensors."""
@@ -138,3 +160,32 @@ class LinkState:
             f"no broker answered at {self._endpoint} for {self._patience:g} s",
             hint=f"Start one (trunkline broker --listen {self._endpoint}), or check --broker.",
         )
+
+
+def _not_allowed(endpoint: str, keys: LinkKeys) -> RefusedError:
+    own = keys.own.public
+    return RefusedError(
+        f"the broker at {endpoint} refused this key, {own.name!r}: it is not allowed there, or was revoked",
+        hint=f"Ask its operator to run: trunkline keys allow '{own.key}' --role {own.role} --name {own.name}",
+    )
+
+
+def _other_mechanism(endpoint: str, attach: Attach, keys: LinkKeys | None) -> RefusedError:
+    if keys is not None:
+        return RefusedError(
+            f"the broker at {endpoint} uses no keys",
+            hint="Start it with --keys DIR, or leave out --key here.",
+        )
+    return RefusedError(
+        f"the broker at {endpoint} lets in only who has a key",
+        side=attach.role,
+        hint="Give --key and --broker-key.",
+    )
+
+
+def _wrong_broker_key(endpoint: str, attach: Attach) -> RefusedError:
+    return RefusedError(
+        f"who listens at {endpoint} cuts every handshake off: it has not the key that --broker-key names",
+        side=attach.role,
+        hint="Its operator sees the right one with: trunkline keys list. Or it is no broker: check --broker.",
+    )

@@ -77,6 +77,13 @@ class LinkError(TrunklineError):
     side = "broker"
 
 
+class RefusedError(TrunklineError):
+    """The broker does not let this peer in: its key is not allowed, revoked, or of another role."""
+
+    code = "refused"
+    side = "broker"
+
+
 class DeadlineError(TrunklineError):
     """An answer did not come in time."""
 
@@ -115,6 +122,7 @@ _BY_CODE: dict[str, type[TrunklineError]] = {
         FrameError,
         ProtocolError,
         LinkError,
+        RefusedError,
         DeadlineError,
         UnavailableError,
         UnknownNameError,

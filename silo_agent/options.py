@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
+from broker.key_files import link_keys
 from codec.messages import Wire
 from codec.partition import Partition
 from codec.plan import LoraPlan
@@ -51,7 +52,13 @@ _OPTIONS = [
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True),
-    click.option("--name", default=socket.gethostname, help="How others' logs call this silo."),
+    click.option(
+        "--name", default=socket.gethostname, help="How others' logs call this silo, if it has no key."
+    ),
+    click.option("--key", type=click.Path(path_type=Path), metavar="FILE", help="This silo's secret key."),
+    click.option(
+        "--broker-key", metavar="FILE", help="The broker's public key: its file, or the key itself."
+    ),
     click.option(
         "--wait", default=60.0, show_default=True, metavar="S", help="Seconds to wait for broker and worker."
     ),
@@ -77,6 +84,8 @@ class SiloOptions:
     device: str
     dtype: str
     name: str
+    key: Path | None
+    broker_key: str | None
     wait: float
     deadline: float
 
@@ -163,7 +172,8 @@ def open_silo(options: SiloOptions) -> Iterator[Silo]:
     checkpoint = Checkpoint(options.model)
     partition.spans(checkpoint.blocks)
     noise = Noise(scale, seed=options.noise_seed, device=str(device))
-    link = ZmqLink(options.broker, silo_attach(options.name), patience=options.wait)
+    keys = link_keys(options.key, options.broker_key, "silo")
+    link = ZmqLink(options.broker, silo_attach(options.name), patience=options.wait, keys=keys)
     remote = Remote(link, deadline=options.deadline)
     try:
         dtype = runtime.choose_dtype(options.dtype, device)

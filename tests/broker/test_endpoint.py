@@ -56,7 +56,7 @@ def test_beyond_loopback_is_refused_with_a_way_out(host: str) -> None:
     with pytest.raises(UsageError, match="beyond loopback") as caught:
         check_endpoint(f"tcp://{host}:7555", free_port=True)
     assert caught.value.at == "broker"
-    assert "tunnel" in caught.value.hint
+    assert "trunkline keys" in caught.value.hint
 
 
 def test_port_0_is_for_listening_only() -> None:

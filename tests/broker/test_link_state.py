@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from broker.keys import LinkKeys, SecretKey
 from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
 from broker.parcel import Parcel
-from codec.errors import LinkError, ProtocolError, UnavailableError
+from codec.errors import LinkError, ProtocolError, RefusedError, UnavailableError
 from codec.messages import (
     ENCODINGS,
     AnyHeader,
@@ -255,3 +256,56 @@ def test_what_workers_read_is_known_from_the_welcome() -> None:
     assert state.encodings == ENCODINGS
     hears(state, Welcome(heartbeat=1.0, encodings=("raw",)), 0.0)
     assert state.encodings == ("raw",)
+
+
+OWN = SecretKey("silo", "north", "JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6")
+KEYS = LinkKeys(OWN, "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7")
+
+
+def keyed() -> LinkState:
+    return LinkState(SILO, ENDPOINT, 30.0, 0.0, KEYS)
+
+
+def why(actions: list[Action]) -> str:
+    (action,) = actions
+    assert isinstance(action, Fail)
+    assert isinstance(action.error, RefusedError)
+    assert ENDPOINT in action.error.what
+    assert action.error.hint
+    return str(action.error)
+
+
+def test_a_refusal_is_final_and_names_the_command_that_helps() -> None:
+    told = why(keyed().unshaken("refused", 0.1))
+    assert f"trunkline keys allow '{OWN.public.key}' --role silo --name north" in told
+    assert OWN.secret not in told
+
+
+def test_sides_that_do_not_both_use_keys_are_told() -> None:
+    assert "uses no keys" in why(keyed().unshaken("mechanism", 0.1))
+    assert "Give --key" in why(begun().unshaken("mechanism", 0.1))
+
+
+def test_a_handshake_that_is_cut_off_for_long_is_the_brokers_key() -> None:
+    state = keyed()
+    times = [i * 0.25 for i in range(20)]
+    first = next(now for now in times if state.unshaken("cut", now))
+    assert LinkState.CUT <= first <= LinkState.CUT + 0.25
+    assert "--broker-key" in why(state.unshaken("cut", first + 0.25))
+
+
+def test_handshakes_cut_off_now_and_then_are_not() -> None:
+    """A broker that is being restarted, say."""
+    state = keyed()
+    assert all(not state.unshaken("cut", now) for now in (0.0, 0.5, 1.0, 3.0, 4.0, 6.0, 7.0))
+
+
+def test_a_broker_that_was_reached_has_the_right_key() -> None:
+    state = keyed()
+    hears(state, Welcome(heartbeat=1.0), 0.0)
+    assert not any(state.unshaken("cut", i * 0.25) for i in range(40))
+
+
+def test_without_keys_it_waits_for_a_broker_that_is_not_there_yet() -> None:
+    """As behind a tunnel, which takes the connection and drops it."""
+    assert not any(begun().unshaken("cut", i * 0.25) for i in range(40))
