@@ -1,8 +1,11 @@
 """`trunkline broker`."""
 
+from pathlib import Path
+
 import click
 
-from broker.metrics import serve_metrics
+from broker.keyring import KeyRing
+from broker.metrics import BrokerMetrics, serve_metrics
 from broker.router import Limits, Router
 from broker.server import Server
 from broker.shutdown import stop_on_signals
@@ -17,6 +20,12 @@ from codec import logs
     metavar="URL",
     help="Where silos and workers attach; port 0 takes a free one.",
 )
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Let in only whom the keys there allow (trunkline keys). Needed to listen beyond loopback.",
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there; port 0 too.")
 @click.option(
     "--silence",
@@ -25,19 +34,20 @@ from codec import logs
     show_default=True,
     help="Seconds without a sign of life after which a peer is gone.",
 )
-def broker(listen: str, metrics: str | None, silence: float) -> None:
+def broker(listen: str, keys: Path | None, metrics: str | None, silence: float) -> None:
     """Route messages between silos and workers. Needs no GPU and never looks into a tensor.
 
     \b
     Examples:
       trunkline broker
       trunkline broker --listen tcp://127.0.0.1:0 --metrics 127.0.0.1:9100
+      trunkline broker --listen tcp://0.0.0.0:7555 --keys keys
     """
     logs.configure()
-    server = Server(listen, Router(Limits(silence=silence)))
+    server = Server(listen, Router(Limits(silence=silence)), KeyRing(keys) if keys else None)
     try:
         if metrics:
-            click.echo(f"metrics at {serve_metrics(metrics, server)}")
+            click.echo(f"metrics at {serve_metrics(metrics, BrokerMetrics(server), 'broker')}")
         stop = stop_on_signals()
         click.echo(f"listening on {server.endpoint}")
         server.serve(stop)

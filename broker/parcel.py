@@ -1,8 +1,9 @@
 """A message in transit: a header, its raw bytes, and tensor frames that nobody here looks into."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from codec.errors import ProtocolError, TrunklineError
 from codec.limits import MAX_HEADER_BYTES, MAX_TENSORS
@@ -14,8 +15,7 @@ Frames = Sequence[Any]
 _MAX_PEER_BYTES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
+class Parcel(Struct, frozen=True):
     """One message. `peer` names the silo it comes from or goes to, where that is not implied."""
 
     peer: bytes
@@ -56,7 +56,7 @@ class Parcel:
     @property
     def size(self) -> int:
         """Bytes of all tensor frames."""
-        return sum(len(frame) for frame in self.tensors)
+        return sum(map(len, self.tensors))
 
 
 def error_parcel(request: int, error: TrunklineError) -> Parcel:

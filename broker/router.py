@@ -1,30 +1,31 @@
 """What the broker decides: who a message goes to. Pure decisions over state, no sockets.
 
 `Router.handle` takes one arrived message and the time and returns the messages to send.
-A session and a run stay with the worker that opened them; every request of a silo is remembered
-until its answer passes, so that a worker's death is told to everyone who waits for it.
+A session and a run stay with the worker that opened them, or a session with the several that share it;
+every request of a silo is remembered until its answer passes, so that a worker's death is told to
+everyone who waits for it. When a request goes on, its worker's inbox decides (`broker.inbox`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast, get_args
 
+from msgspec import Struct
+
+from broker.ask import cost
+from broker.chain import Errand
 from broker.parcel import Parcel, error_parcel
-from broker.pool import Peer, choose_worker, common_encodings, peer_from
+from broker.pool import Worker, alias_of, check_attach, common_encodings
+from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
-from codec.errors import (
-    LimitError,
-    LinkError,
-    ProtocolError,
-    TrunklineError,
-    UnavailableError,
-    UnknownNameError,
-)
+from codec.errors import LinkError, ProtocolError, TrunklineError, UnavailableError
 from codec.messages import (
     Answer,
     AnyHeader,
     Attach,
     CloseRun,
     CloseSession,
+    Drain,
     Error,
     Gone,
     Heartbeat,
@@ -34,13 +35,14 @@ from codec.messages import (
     Request,
     Welcome,
 )
-from codec.partition import Span
 
-_START_AGAIN = "Start it again and repeat the command."
+_REQUESTS = frozenset(get_args(Request))
+_ANSWERS = frozenset(get_args(Answer))
+_OPENS = frozenset((OpenSession, OpenRun))
+_CLOSES = frozenset((CloseSession, CloseRun))
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Put `parcel` on the connection `route`."""
 
     route: bytes
@@ -62,31 +64,24 @@ class Router:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self.peers: dict[bytes, Peer] = {}
-        self._by_alias: dict[bytes, Peer] = {}
-        self._silos: dict[bytes, Silo] = {}
-        self._runs: dict[str, bytes] = {}
+        self.peers: dict[bytes, Silo | Worker] = {}
+        self.registry = Registry()
 
     def handle(self, route: bytes, parcel: Parcel, now: float) -> list[Send]:
         """Decide on one message that arrived on `route`. Never raises; errors become answers."""
-        peer = self.peers.get(route)
-        header = parcel.header
+        peer, header = self.peers.get(route), parcel.header
+        kind = type(header)
         try:
             if isinstance(header, Attach):
                 return self._attach(route, header, now)
             if peer is None:
                 return list(_stranger(route, header))
             peer.last_heard = now
-            if isinstance(header, Heartbeat):
-                return [Send(route, Parcel.of(Heartbeat(id=header.id)))]
-            if isinstance(header, Leave):
-                # The answer says that everything before the goodbye was read.
-                return [*self._forget(peer), Send(route, Parcel.of(Leave()))]
-            if peer.role == "silo" and isinstance(header, Request):
-                return self._request(peer, header, parcel)
-            if peer.role == "worker" and isinstance(header, Answer):
-                return self._answer(peer, header, parcel)
-            raise ProtocolError(f"a {peer.role} may not send this kind of message", side=peer.role)
+            if kind in _REQUESTS and isinstance(peer, Silo):
+                return self._request(peer, cast("Request", header), parcel)
+            if kind in _ANSWERS and isinstance(peer, Worker):
+                return self._answer(peer, header.id, parcel)
+            return self._control(peer, header)
         except TrunklineError as error:
             return [Send(route, error_parcel(header.id, error))]
 
@@ -100,146 +95,179 @@ class Router:
         peer = self.peers.get(route)
         return self._forget(peer) if peer else []
 
+    # --- peers -------------------------------------------------------------------------------------
+
     def _attach(self, route: bytes, attach: Attach, now: float) -> list[Send]:
-        peer = peer_from(route, attach, now)
-        before = self._by_alias.get(peer.alias)
-        if before is not None and before.role != peer.role:
-            raise ProtocolError(f"this identity is attached as a {before.role}", side=peer.role)
+        check_attach(attach)
+        alias = alias_of(attach.peer)
+        before = self.registry.silos.get(alias) or self.registry.workers.get(alias)
+        if before is not None and before.role != attach.role:
+            raise ProtocolError(f"this identity is attached as a {before.role}", side=attach.role)
         # One connection is one peer: under another identity it was somebody else, who is gone.
         other = self.peers.get(route)
         sends = self._forget(other) if other and other is not before else []
-        if before is not None:
-            # The same secret identity on a new connection: its sessions and runs come along.
-            self.peers.pop(before.route, None)
-            peer.load = before.load
-        self.peers[route] = self._by_alias[peer.alias] = peer
-        if peer.role == "silo":
-            self._silos.setdefault(peer.alias, Silo())
+        # The same secret identity on a new connection: what it has comes along.
+        peer = before or self.registry.admit(alias, attach.role)
+        moved = before is not None and before.route != route
+        self.peers.pop(peer.route, None)
+        self.peers[route] = peer
+        peer.route, peer.name, peer.last_heard = route, attach.name, now
+        if isinstance(peer, Worker):
+            peer.says(attach)
         welcome = Welcome(
             id=attach.id,
             heartbeat=self.limits.heartbeat,
             resumed=before is not None,
-            encodings=common_encodings(self._workers()),
+            encodings=common_encodings(self.registry.workers.values()),
         )
-        return [*sends, Send(route, Parcel.of(welcome))]
+        sends.append(Send(route, Parcel.of(welcome)))
+        if isinstance(peer, Worker):
+            if moved:
+                peer.inbox.renew()
+            sends += self._released(peer)
+        return sends
 
-    def _request(self, peer: Peer, header: Request, parcel: Parcel) -> list[Send]:
-        silo, size = self._silos[peer.alias], parcel.size
-        if header.id == 0:
-            raise ProtocolError("a request needs a number above 0")
-        if header.id in silo.pending:
-            raise ProtocolError(f"request {header.id} is already on its way")
-        self._check_quota(silo, size)
-        hold = self._hold(silo, header)
-        opens = header if isinstance(header, OpenSession | OpenRun) else None
-        silo.add(header.id, Pending(hold, size, opens))
-        if isinstance(header, CloseSession | CloseRun):
-            self._release(silo, header)
-        return [Send(self._by_alias[hold.worker].route, parcel.to(peer.alias))]
+    def _control(self, peer: Silo | Worker, header: AnyHeader) -> list[Send]:
+        if isinstance(header, Heartbeat):
+            return [Send(peer.route, Parcel.of(Heartbeat(id=header.id)))]
+        if isinstance(header, Leave):
+            # The answer says that everything before the goodbye was read.
+            return [*self._forget(peer), Send(peer.route, Parcel.of(Leave()))]
+        if isinstance(header, Drain) and isinstance(peer, Worker):
+            peer.draining = True
+            return [Send(peer.route, Parcel.of(Drain(id=header.id)))]
+        raise ProtocolError(f"a {peer.role} may not send this kind of message", side=peer.role)
 
-    def _check_quota(self, silo: Silo, size: int) -> None:
-        if size > self.limits.bytes:
-            raise LimitError(
-                f"a request of {size} bytes, {self.limits.bytes} may wait for answers",
-                side="silo",
-                hint="Use smaller micro-batches (--batch).",
-            )
-        if len(silo.pending) >= self.limits.requests or silo.pending_bytes + size > self.limits.bytes:
-            raise LimitError(
-                f"{len(silo.pending)} requests ({silo.pending_bytes} bytes) wait for answers already",
-                side="silo",
-                hint="Keep fewer micro-batches in flight (--window).",
-            )
+    def _forget(self, peer: Silo | Worker) -> list[Send]:
+        del self.peers[peer.route]
+        return list(self._silo_gone(peer) if isinstance(peer, Silo) else self._worker_gone(peer))
 
-    def _hold(self, silo: Silo, header: Request) -> Hold:
-        """What the request is about, made now if it opens a new name."""
-        names, name = silo.names(header)
-        hold = names.get(name)
-        if isinstance(header, OpenSession | OpenRun) and (hold is None or hold.lost):
-            hold = names[name] = Hold(self._home(header))
-        if hold is None:
-            raise UnknownNameError(f"you have no session or run {name!r} open")
-        if hold.lost:
-            if isinstance(header, CloseSession | CloseRun):
-                del names[name]
-            raise UnavailableError(f"worker {hold.lost!r} left, and {name!r} with it", hint=_START_AGAIN)
-        return hold
+    def _silo_gone(self, silo: Silo) -> Iterator[Send]:
+        del self.registry.silos[silo.alias]
+        silo.pending.clear()
+        holds = list(silo.holds())
+        for hold in silo.sessions.values():
+            if not hold.lost:
+                self.registry.unload(hold)
+        self.registry.drop_empty_runs()
+        told = {worker for hold in holds for worker in hold.workers}
+        for worker in self.registry.workers.values():
+            # What it asked for last may have been to close something: that must not stay open.
+            if worker.inbox.withdraw(silo.alias) or worker in told:
+                yield Send(worker.route, Parcel.of(Gone(name=silo.name), peer=silo.alias))
+                yield from self._released(worker)
 
-    def _home(self, header: OpenSession | OpenRun) -> bytes:
-        if isinstance(header, OpenRun) and header.run in self._runs:
-            return self._runs[header.run]
-        worker = choose_worker(
-            self._workers(), header.model, Span(header.start, header.stop), header.encodings
-        )
-        worker.load += 1
-        if isinstance(header, OpenRun):
-            self._runs[header.run] = worker.alias
-        return worker.alias
+    def _worker_gone(self, worker: Worker) -> Iterator[Send]:
+        del self.registry.workers[worker.alias]
+        self.registry.runs = {run: home for run, home in self.registry.runs.items() if home is not worker}
+        error = UnavailableError(f"worker {worker.name!r} left before it answered", hint=START_AGAIN)
+        for pending in list(worker.inbox):
+            if pending.silo.take(pending):
+                yield Send(pending.silo.route, error_parcel(pending.number, error))
+        for silo in self.registry.silos.values():
+            for hold in [hold for hold in silo.holds() if worker in hold.workers]:
+                hold.lost = worker.name
+                if hold.chain is not None:
+                    yield from self._break(silo, hold, error)
+            silo.owed = {number for number in silo.owed if self.registry.owed(silo.alias, number)}
 
-    def _answer(self, worker: Peer, header: Answer, parcel: Parcel) -> list[Send]:
-        silo, peer = self._silos.get(parcel.peer), self._by_alias.get(parcel.peer)
-        if silo is None or peer is None:
-            return []  # The silo left meanwhile.
-        pending = silo.take(header.id, worker.alias)
+    def _break(self, silo: Silo, hold: Hold, error: TrunklineError) -> Iterator[Send]:
+        """A session has lost one of its stages: the others free what they have of it."""
+        assert hold.chain is not None
+        for pending in [pending for pending in silo.pending.values() if pending.hold is hold]:
+            silo.take(pending)
+            if self.registry.owed(silo.alias, pending.number):
+                silo.owed.add(pending.number)
+            yield Send(silo.route, error_parcel(pending.number, error))
+        staying = [errand for errand in hold.chain.closing() if errand.worker.alias in self.registry.workers]
+        for errand in staying:
+            errand.worker.load -= 1
+            errand.worker.inbox.withdraw(silo.alias, hold.flow)
+        yield from self._ask_stages(silo, hold, staying)
+        for errand in staying:
+            yield from self._released(errand.worker)
+
+    # --- requests ----------------------------------------------------------------------------------
+
+    def _request(self, silo: Silo, header: Request, parcel: Parcel) -> list[Send]:
+        number, size = header.id, parcel.size
+        silo.check(number, size, self.limits.requests, self.limits.bytes)
+        hold = self.registry.hold(silo, header)
+        kind = type(header)
+        opens = cast("OpenSession | OpenRun", header) if kind in _OPENS else None
+        rank, tokens = cost(header)
+        pending = Pending(hold.flow, number, rank, tokens, silo=silo, hold=hold, size=size, opens=opens)
+        silo.pending[number] = pending
+        silo.pending_bytes += size
+        if hold.chain is not None:
+            return self._ask_stages(silo, hold, hold.chain.put(parcel))
+        if kind in _CLOSES:
+            self.registry.release(silo, hold)
+        return self._ask(hold.worker, pending, parcel)
+
+    def _ask(self, worker: Worker, pending: Pending, parcel: Parcel) -> list[Send]:
+        if worker.inbox.passes(pending):
+            return [Send(worker.route, parcel.to(pending.silo.alias))]
+        pending.parcel = parcel.to(pending.silo.alias)
+        return _sends(worker, worker.inbox.queue(pending))
+
+    def _ask_stages(self, silo: Silo, hold: Hold, errands: Iterable[Errand]) -> list[Send]:
+        sends = []
+        for errand in errands:
+            header = cast("Request", errand.parcel.header)
+            rank, tokens = cost(header)
+            pending = Pending(hold.flow, header.id, rank, tokens, silo=silo, hold=hold)
+            sends += self._ask(errand.worker, pending, errand.parcel)
+        return sends
+
+    # --- answers -----------------------------------------------------------------------------------
+
+    def _answer(self, worker: Worker, number: int, parcel: Parcel) -> list[Send]:
+        pending = worker.inbox.answered(parcel.peer, number)
         if pending is None:
             return []  # Answered already, or not this worker's to answer.
-        if pending.opens is not None:
-            self._opened(silo, pending.opens, pending.hold, isinstance(header, Error))
-        return [Send(peer.route, parcel.to(b""))]
+        silo, hold = pending.silo, pending.hold
+        if silo.take(pending):
+            if pending.opens is not None:
+                self._opened(silo, hold, isinstance(parcel.header, Error))
+            sends = [Send(silo.route, parcel.to(b""))]
+        elif number in silo.pending and hold.chain is not None:
+            sends = self._stage_answered(worker, silo, hold, parcel)
+        else:
+            sends = []  # Nobody waits for it any more.
+            if (now := self.registry.silos.get(silo.alias)) and not self.registry.owed(silo.alias, number):
+                now.owed.discard(number)
+        if worker.inbox.waiting:
+            sends += self._released(worker)
+        return sends
 
-    def _opened(self, silo: Silo, header: OpenSession | OpenRun, hold: Hold, failed: bool) -> None:
+    def _stage_answered(self, worker: Worker, silo: Silo, hold: Hold, parcel: Parcel) -> list[Send]:
+        assert hold.chain is not None
+        progress = hold.chain.answered(worker, parcel)
+        sends = []
+        if progress.answer is not None:
+            silo.take(silo.pending[parcel.header.id])
+            sends.append(Send(silo.route, progress.answer.to(b"")))
+            if hold.chain.idle and not hold.chain.open:
+                self.registry.release(silo, hold)
+        return sends + self._ask_stages(silo, hold, progress.errands)
+
+    def _opened(self, silo: Silo, hold: Hold, failed: bool) -> None:
         """An open was answered. A name that never came to be is free again.
 
         One that stood before, or that another open on its way may still bring, is not touched.
         """
-        names, name = silo.names(header)
         if not failed:
             hold.sure = True
-        elif not hold.sure and names.get(name) is hold and not silo.opening(hold):
-            self._release(silo, header)
+        elif not hold.sure and silo.has(hold) and not silo.opening(hold):
+            self.registry.release(silo, hold)
 
-    def _release(self, silo: Silo, header: OpenSession | OpenRun | CloseSession | CloseRun) -> None:
-        names, name = silo.names(header)
-        hold = names.pop(name)
-        if isinstance(header, OpenSession | CloseSession):
-            self._unload(hold.worker)
-        else:
-            self._drop_empty_runs()
+    def _released(self, worker: Worker) -> list[Send]:
+        return _sends(worker, worker.inbox.release())
 
-    def _forget(self, peer: Peer) -> list[Send]:
-        del self.peers[peer.route], self._by_alias[peer.alias]
-        return list(self._silo_gone(peer) if peer.role == "silo" else self._worker_gone(peer))
 
-    def _silo_gone(self, peer: Peer) -> Iterator[Send]:
-        silo = self._silos.pop(peer.alias)
-        for hold in silo.sessions.values():
-            if not hold.lost:
-                self._unload(hold.worker)
-        self._drop_empty_runs()
-        for home in {hold.worker: None for hold in silo.holds()}:
-            yield Send(self._by_alias[home].route, Parcel.of(Gone(name=peer.name), peer=peer.alias))
-
-    def _worker_gone(self, worker: Peer) -> Iterator[Send]:
-        self._runs = {run: home for run, home in self._runs.items() if home != worker.alias}
-        error = UnavailableError(f"worker {worker.name!r} left before it answered", hint=_START_AGAIN)
-        for alias, silo in self._silos.items():
-            for hold in silo.holds():
-                if hold.worker == worker.alias:
-                    hold.lost = worker.name
-            for request in list(silo.pending):
-                if silo.take(request, worker.alias):
-                    yield Send(self._by_alias[alias].route, error_parcel(request, error))
-
-    def _drop_empty_runs(self) -> None:
-        joined = {run for silo in self._silos.values() for run, hold in silo.runs.items() if not hold.lost}
-        for run in [run for run in self._runs if run not in joined]:
-            self._unload(self._runs.pop(run))
-
-    def _unload(self, home: bytes) -> None:
-        self._by_alias[home].load -= 1
-
-    def _workers(self) -> list[Peer]:
-        return [peer for peer in self.peers.values() if peer.role == "worker"]
+def _sends(worker: Worker, going: Iterable[Pending]) -> list[Send]:
+    return [Send(worker.route, pending.leaves()) for pending in going]
 
 
 def _stranger(route: bytes, header: AnyHeader) -> Iterator[Send]:

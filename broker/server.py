@@ -1,19 +1,24 @@
 """The broker's socket: one ROUTER, one poll loop, all decisions left to `broker.router`."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from threading import Event
 
 import zmq
 
+from broker.door import Door
 from broker.endpoint import check_endpoint, is_ipv6
+from broker.keyring import KeyRing
 from broker.parcel import Parcel, error_parcel
 from broker.router import Router, Send
-from codec.errors import ProtocolError, UsageError
+from codec.errors import ProtocolError, RefusedError, UsageError
 from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
 
 _TICK_MS = 250
+_LAST = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _QUEUE = 1 << 14
 """Messages that may wait for one peer. Quotas bound what silos send to a worker long before; a peer
 that sends rubbish and reads nothing stops here."""
@@ -23,24 +28,28 @@ that sends rubbish and reads nothing stops here."""
 class Traffic:
     """What passed since the start, by message kind."""
 
-    messages: dict[str, int] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=dict)
+    messages: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
     refused: int = 0
 
     def count(self, kind: str, size: int) -> None:
         """One routed message with `size` bytes of tensors."""
-        self.messages[kind] = self.messages.get(kind, 0) + 1
-        self.bytes[kind] = self.bytes.get(kind, 0) + size
+        self.messages[kind] += 1
+        self.bytes[kind] += size
 
 
 class Server:
-    """A bound broker. `endpoint` is where it listens; port 0 becomes a free one."""
+    """A bound broker. `endpoint` is where it listens; port 0 becomes a free one.
 
-    def __init__(self, listen: str, router: Router) -> None:
-        """Bind. Raises `UsageError` if the address is bad, taken, or beyond loopback."""
-        check_endpoint(listen, free_port=True)
+    With `keys` it lets in only whom they allow.
+    """
+
+    def __init__(self, listen: str, router: Router, keys: KeyRing | None = None) -> None:
+        """Bind. Raises `UsageError` if the address is bad, taken, or beyond loopback without `keys`."""
+        check_endpoint(listen, free_port=True, keys=keys is not None)
         self.router = router
         self.traffic = Traffic()
+        self._attached = 0
         self._log = Log("broker")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -49,6 +58,7 @@ class Server:
         self._socket.setsockopt(zmq.SNDHWM, _QUEUE)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.IPV6, is_ipv6(listen))
+        self._door = Door(self._context, self._socket, keys)
         host, _, port = listen.rpartition(":")
         try:
             self._socket.bind(listen if int(port) else f"{host}:*")
@@ -66,51 +76,77 @@ class Server:
 
         What was routed still leaves, within half a second.
         """
+        if not self._socket.closed:
+            self._socket.disable_monitor()
         self._socket.close()
         self._context.term()
 
     def serve(self, stop: Event) -> None:
         """Route until `stop` is set, then close the socket."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        self._socket.setsockopt(zmq.RCVTIMEO, _TICK_MS)
         due = time.monotonic()
         try:
             while not stop.is_set():
-                if poller.poll(_TICK_MS):
-                    self._drain()
-                if time.monotonic() >= due:
-                    due = time.monotonic() + _TICK_MS / 1000
-                    self._send(self.router.tick(time.monotonic()))
+                try:
+                    frames = self._receive()
+                except zmq.Again:
+                    now = time.monotonic()
+                else:
+                    now = time.monotonic()
+                    self._route(frames, now)
+                if now >= due:
+                    due = now + _TICK_MS / 1000
+                    self._send(self.router.tick(now))
+                    self._revoke()
         finally:
             self.close()
 
-    def _drain(self) -> None:
-        """Everything that waits, up to a bound so that ticks happen under load."""
-        for _ in range(256):
-            try:
-                route, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            try:
-                parcel = Parcel.read(frames)
-            except ProtocolError as error:
-                self.traffic.refused += 1
-                self._send([Send(route.bytes, error_parcel(0, error))])
-                continue
-            attached = len(self.router.peers)
-            sends = self.router.handle(route.bytes, parcel, time.monotonic())
-            self._send(sends)
-            if len(self.router.peers) != attached:
-                self._log.say("peers", attached=len(self.router.peers))
+    def _receive(self) -> list[zmq.Frame]:
+        """One message. As `recv_multipart` does, in half the time: that asks the socket after each frame."""
+        receive = self._socket.recv
+        frame = receive(copy=False)
+        frames = [frame]
+        while frame.more:
+            frame = receive(copy=False)
+            frames.append(frame)
+        return frames
+
+    def _route(self, frames: list[zmq.Frame], now: float) -> None:
+        route = frames[0].bytes
+        try:
+            parcel = self._door.admit(frames[0], Parcel.read(frames[1:]))
+        except (ProtocolError, RefusedError) as error:
+            self.traffic.refused += isinstance(error, ProtocolError)
+            self._send([Send(route, error_parcel(0, error))])
+            return
+        self._send(self.router.handle(route, parcel, now))
+        if len(self.router.peers) != self._attached:
+            self._attached = len(self.router.peers)
+            self._log.say("peers", attached=self._attached)
+
+    def _revoke(self) -> None:
+        """Forget who was let in with a key that is not allowed any more."""
+        for route, error in self._door.revoked(self.router.peers):
+            self._log.say("revoked", peer=self.router.peers[route].name)
+            self._send([Send(route, error_parcel(0, error)), *self.router.lost(route)])
 
     def _send(self, sends: list[Send]) -> None:
         for send in sends:
             parcel = send.parcel
             self.traffic.count(type(parcel.header).__name__, parcel.size)
             try:
-                self._socket.send_multipart([send.route, *parcel.frames()], zmq.NOBLOCK, copy=False)
+                self._put(send.route, parcel)
             except zmq.ZMQError as error:
                 # Unreachable, or so slow that its queue is full: either way it cannot be served.
                 if send.route in self.router.peers:
                     self._log.warn("peer lost", why=error.strerror)
                     self._send(self.router.lost(send.route))
+
+    def _put(self, route: bytes, parcel: Parcel) -> None:
+        """One message. As `send_multipart` does, which looks at every frame first."""
+        send, tensors = self._socket.send, parcel.tensors
+        send(route, _MORE)
+        send(parcel.peer, _MORE)
+        send(parcel.raw, _MORE if tensors else _LAST)
+        for left, tensor in enumerate(tensors, 1 - len(tensors)):
+            send(tensor, _MORE if left else _LAST, copy=False)

@@ -2,64 +2,116 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from codec.messages import CloseSession, Extend, OpenRun, OpenSession, Request
+from broker.ask import Ask, Flow
+from broker.chain import Chain
+from broker.parcel import Parcel
+from broker.pool import Peer, Worker
+from codec.errors import LimitError, ProtocolError
+from codec.messages import CloseSession, Extend, OpenRun, OpenSession, Request, Role
 
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """A session or run that a silo has at `worker`.
+    """A session or run that a silo has at `worker`, or a session at the stages of `chain`.
 
     `sure` once the worker said that it is open; `lost` is the name of a worker that left with it.
     """
 
-    worker: bytes
+    flow: Flow
+    worker: Worker
+    chain: Chain | None = None
     sure: bool = False
     lost: str = ""
 
+    @property
+    def workers(self) -> list[Worker]:
+        """Everyone who has a part of it."""
+        return [stage.worker for stage in self.chain.stages] if self.chain else [self.worker]
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A request on its way: what it is about, its bytes, and its header if it opens a name."""
 
+class Pending(Ask, eq=False, kw_only=True):
+    """A request of `silo` about `hold`, until its answer; with a chain there is one more for each stage.
+
+    `size` in bytes, `opens` is its header if it opens a name, `parcel` is there until it is sent.
+    """
+
+    silo: "Silo"
     hold: Hold
-    size: int
-    opens: OpenSession | OpenRun | None
+    size: int = 0
+    opens: OpenSession | OpenRun | None = None
+    parcel: Parcel | None = None
+
+    def leaves(self) -> Parcel:
+        """The message, which is not kept."""
+        assert self.parcel is not None
+        parcel, self.parcel = self.parcel, None
+        return parcel
 
 
-@dataclass(slots=True)
-class Silo:
+@dataclass(slots=True, eq=False)
+class Silo(Peer):
     """Open sessions, joined runs, unanswered requests. `pending_bytes` is the sum of their sizes."""
+
+    role: ClassVar[Role] = "silo"
 
     sessions: dict[str, Hold] = field(default_factory=dict)
     runs: dict[str, Hold] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
     pending_bytes: int = 0
+    owed: set[int] = field(default_factory=set)
+    """Numbers that a worker has yet to answer though nobody waits for it any more."""
+
+    def check(self, number: int, size: int, requests: int, bytes: int) -> None:
+        """Raises `ProtocolError` for a number that cannot be used now, `LimitError` over these quotas."""
+        if number == 0:
+            raise ProtocolError("a request needs a number above 0")
+        if number in self.pending or number in self.owed:
+            raise ProtocolError(f"request {number} is already on its way")
+        if size > bytes:
+            raise LimitError(
+                f"a request of {size} bytes, {bytes} may wait for answers",
+                side="silo",
+                hint="Use smaller micro-batches (--batch).",
+            )
+        if len(self.pending) >= requests or self.pending_bytes + size > bytes:
+            raise LimitError(
+                f"{len(self.pending)} requests ({self.pending_bytes} bytes) wait for answers already",
+                side="silo",
+                hint="Keep fewer micro-batches in flight (--window).",
+            )
 
     def names(self, header: Request) -> tuple[dict[str, Hold], str]:
         """Where this request's name is kept, and the name."""
-        if isinstance(header, OpenSession | Extend | CloseSession):
+        if isinstance(header, Extend | OpenSession | CloseSession):
             return self.sessions, header.session
         return self.runs, header.run
 
     def holds(self) -> Iterator[Hold]:
-        """Everything this silo has at a worker that is still there."""
+        """Everything this silo has at workers that are still there."""
         for names in (self.sessions, self.runs):
             yield from (hold for hold in names.values() if not hold.lost)
 
-    def add(self, number: int, pending: Pending) -> None:
-        """A request went out."""
-        self.pending[number] = pending
-        self.pending_bytes += pending.size
+    def has(self, hold: Hold) -> bool:
+        """Whether this is what its name stands for."""
+        return self._names_of(hold).get(hold.flow[2]) is hold
 
-    def take(self, number: int, worker: bytes) -> Pending | None:
-        """The request that `worker` answers now; None if it has no such request to answer."""
-        pending = self.pending.get(number)
-        if pending is None or pending.hold.worker != worker:
-            return None
+    def forget(self, hold: Hold) -> None:
+        """Its name is free again."""
+        del self._names_of(hold)[hold.flow[2]]
+
+    def take(self, pending: Pending) -> bool:
+        """Whether this is a request that still waits; it is answered now."""
+        if self.pending.get(pending.number) is not pending:
+            return False
+        del self.pending[pending.number]
         self.pending_bytes -= pending.size
-        return self.pending.pop(number)
+        return True
 
     def opening(self, hold: Hold) -> bool:
         """Whether a request that may still open this name is on its way."""
         return any(pending.opens and pending.hold is hold for pending in self.pending.values())
+
+    def _names_of(self, hold: Hold) -> dict[str, Hold]:
+        return self.sessions if hold.flow[1] == "session" else self.runs

@@ -26,7 +26,7 @@ from codec.limits import (
 )
 from codec.plan import LoraPlan, ModelCard, Name, Positive, Real, RunPlan
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
@@ -87,8 +87,8 @@ class Header(
 class Attach(Header, frozen=True, tag="attach"):
     """First message of every peer. `peer` is its secret 16-byte identity, kept over reconnects.
 
-    `encodings` are those it reads. A worker adds its model's card and the blocks `[start, stop)` that
-    it hosts.
+    `encodings` are those it reads. A worker adds its model's card, the blocks `[start, stop)` that it
+    hosts, and its `credit`: how many tokens may be under way to it without an answer. 0 is no bound.
     """
 
     role: Role
@@ -98,6 +98,7 @@ class Attach(Header, frozen=True, tag="attach"):
     model: ModelCard | None = None
     start: Block = 0
     stop: Block = 0
+    credit: Count = 0
 
 
 class Welcome(Header, frozen=True, tag="welcome"):
@@ -120,6 +121,13 @@ class Leave(Header, frozen=True, tag="leave"):
     """A peer says goodbye; the broker forgets it, tells who needs to know, and answers the same."""
 
 
+class Drain(Header, frozen=True, tag="drain"):
+    """A worker wants nothing new: what it has goes on, new sessions and runs go elsewhere.
+
+    The broker answers with the same.
+    """
+
+
 class Gone(Header, frozen=True, tag="gone"):
     """Broker to worker: the silo in the peer frame left or fell silent; free what it held."""
 
@@ -130,7 +138,8 @@ class OpenSession(Header, frozen=True, tag="open-session"):
     """Open a generation over blocks `[start, stop)`: `rows` sequences of up to `capacity` tokens.
 
     `adapter` and `names` describe the trunk adapter whose tensors follow; without it the base
-    model answers. `encodings` are those that the worker must read.
+    model answers. `encodings` are those that the worker must read. A silo that `replays` can send all
+    of the session again: the worker may close it, unused, when others need its memory.
     """
 
     session: Name
@@ -140,6 +149,7 @@ class OpenSession(Header, frozen=True, tag="open-session"):
     rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
     capacity: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     encodings: Encodings = ()
+    replays: bool = False
     adapter: LoraPlan | None = None
     names: Names = ()
 
@@ -279,7 +289,7 @@ class Error(Header, frozen=True, tag="error"):
 
 Request = OpenSession | OpenRun | CloseSession | CloseRun | Extend | Forward | Backward | Commit | GetAdapter
 Answer = Opened | Done | Result | Committed | Adapter | Error
-Control = Attach | Welcome | Heartbeat | Leave | Gone
+Control = Attach | Welcome | Heartbeat | Leave | Drain | Gone
 AnyHeader = Request | Answer | Control
 
 _encoder = msgspec.msgpack.Encoder()

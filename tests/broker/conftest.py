@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import broker.door
 import broker.server
+from broker.keyring import KeyRing
 from broker.link import ZmqLink
 from broker.parcel import Parcel
 from broker.pool import alias_of
@@ -18,6 +20,7 @@ from broker.server import Server
 from codec.messages import (
     AnyHeader,
     Attach,
+    Drain,
     Error,
     Extend,
     Gone,
@@ -178,8 +181,8 @@ def extending() -> Callable[[str, int], Extend]:
 class Running:
     """A real broker on a thread."""
 
-    def __init__(self, listen: str, limits: Limits | None) -> None:
-        self.server = Server(listen, Router(limits))
+    def __init__(self, listen: str, limits: Limits | None, keys: KeyRing | None) -> None:
+        self.server = Server(listen, Router(limits), keys)
         self.endpoint = self.server.endpoint
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.server.serve, args=(self._stop,), name="broker")
@@ -193,12 +196,13 @@ class Running:
 
 @pytest.fixture
 def start_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
-    """`start_broker(listen, silence=2.0)`: a broker, stopped after the test."""
+    """`start_broker(listen, keys=ring, silence=2.0)`: a broker, stopped after the test."""
     monkeypatch.setattr(broker.server, "_TICK_MS", 20)  # It stops as soon.
+    monkeypatch.setattr(broker.door, "_LOOK_MS", 20)
     started: list[Running] = []
 
-    def start(listen: str = "tcp://127.0.0.1:0", **limits: Any) -> Running:
-        started.append(Running(listen, Limits(**limits)))
+    def start(listen: str = "tcp://127.0.0.1:0", keys: KeyRing | None = None, **limits: Any) -> Running:
+        started.append(Running(listen, Limits(**limits), keys))
         return started[-1]
 
     yield start
@@ -239,6 +243,8 @@ class Echo:
             if parcel is None:
                 continue
             header = parcel.header
+            if isinstance(header, Drain):
+                continue
             if isinstance(header, Gone):
                 self.gone.append(header.name)
                 continue
@@ -257,12 +263,12 @@ class Echo:
 
 
 @pytest.fixture
-def start_echo(connect: Callable[..., ZmqLink]) -> Iterator[Callable[[str], Echo]]:
-    """`start_echo(endpoint)`: an attached worker that echoes, stopped after the test."""
+def start_echo(connect: Callable[..., ZmqLink]) -> Iterator[Callable[..., Echo]]:
+    """`start_echo(endpoint, credit=2)`: an attached worker that echoes, stopped after the test."""
     started: list[Echo] = []
 
-    def start(endpoint: str) -> Echo:
-        started.append(Echo(connect(endpoint, worker_attach("echo"))))
+    def start(endpoint: str, **fields: Any) -> Echo:
+        started.append(Echo(connect(endpoint, worker_attach("echo", **fields))))
         return started[-1]
 
     yield start

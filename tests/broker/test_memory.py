@@ -86,7 +86,7 @@ def test_closing_is_a_goodbye(
     silo.close()
     late = hub.link(introduce("silo", "late"))
     late.close()
-    assert not hub.router._silos
+    assert not hub.router.registry.silos
     assert len(hub._inboxes) == 1, "closed links leave nothing behind"
 
 

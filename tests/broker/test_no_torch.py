@@ -17,14 +17,14 @@ for module in modules:
 
 from broker.commands import broker as command
 from broker.link import ZmqLink
-from broker.metrics import serve_metrics
+from broker.metrics import BrokerMetrics, serve_metrics
 from broker.parcel import Parcel
 from broker.router import Router
 from broker.server import Server
 from codec.messages import Attach, CloseSession
 
 server, stop = Server("tcp://127.0.0.1:0", Router()), threading.Event()
-serve_metrics("127.0.0.1:0", server)
+serve_metrics("127.0.0.1:0", BrokerMetrics(server), "broker")
 thread = threading.Thread(target=server.serve, args=(stop,))
 thread.start()
 link = ZmqLink(server.endpoint, Attach(role="silo", name="s", peer=bytes(16)))

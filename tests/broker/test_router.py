@@ -389,7 +389,7 @@ def test_a_workers_death_is_told_to_all_who_wait_and_once(desk: Any, how: str) -
     assert other.read() == []
     desk.deliver(desk.router.lost(worker.route))
     assert not any(isinstance(h, Error) for silo in silos for h in silo.read())
-    states = [desk.router._silos[silo.alias] for silo in silos]
+    states = [desk.router.registry.silos[silo.alias] for silo in silos]
     assert [list(state.pending) for state in states] == [[], [4], []]
     assert [state.pending_bytes for state in states] == [0, 0, 0]
 

@@ -62,25 +62,25 @@ def raw() -> Iterator[Any]:
 
 
 def packed(**fields: object) -> bytes:
-    return b"\x02" + msgspec.msgpack.encode(fields)
+    return b"\x03" + msgspec.msgpack.encode(fields)
 
 
 GARBAGE: dict[str, Sequence[bytes]] = {
     "one empty frame": [b""],
     "one frame": [b"x"],
     "empty header": [b"", b""],
-    "version alone": [b"", b"\x02"],
-    "not msgpack": [b"", b"\x02\xc1\xc1"],
+    "version alone": [b"", b"\x03"],
+    "not msgpack": [b"", b"\x03\xc1\xc1"],
     "truncated": [b"", HEARTBEAT[:-3]],
     "too much": [b"", HEARTBEAT + b"\x00"],
-    "a list": [b"", b"\x02" + msgspec.msgpack.encode([1, 2])],
+    "a list": [b"", b"\x03" + msgspec.msgpack.encode([1, 2])],
     "unknown kind": [b"", packed(kind="attack")],
     "no kind": [b"", packed(id=1)],
     "unknown field": [b"", packed(kind="heartbeat", text="hello")],
     "bad field": [b"", packed(kind="heartbeat", id=-1)],
-    "deep": [b"", b"\x02" + b"\x91" * 5000 + b"\x90"],
-    "bad utf-8": [b"", b"\x02\x81\xa4kind\xa2\xff\xfe"],
-    "long header": [b"", b"\x02" + b"x" * MAX_HEADER_BYTES],
+    "deep": [b"", b"\x03" + b"\x91" * 5000 + b"\x90"],
+    "bad utf-8": [b"", b"\x03\x81\xa4kind\xa2\xff\xfe"],
+    "long header": [b"", b"\x03" + b"x" * MAX_HEADER_BYTES],
     "long peer": [b"p" * 65, HEARTBEAT],
     "many frames": [b"", HEARTBEAT, *[b""] * (MAX_TENSORS + 1)],
 }
@@ -120,16 +120,16 @@ def test_garbage_is_answered_and_disturbs_nobody(world: Any, raw: Any, name: str
 
 def test_another_protocol_version_is_told_what_to_do(world: Any, raw: Any) -> None:
     dealer = raw(world.endpoint)
-    dealer.say(b"", b"\x03" + HEARTBEAT[1:])
+    dealer.say(b"", b"\x02" + HEARTBEAT[1:])
     error = dealer.hears()
-    assert "protocol 3, this side speaks 2" in error.what
+    assert "protocol 2, this side speaks 3" in error.what
     assert "same Trunkline version" in error.hint
     world.undisturbed()
 
 
 def test_garbage_of_an_attached_silo_ends_its_link_alone(world: Any, connect: Any, introduce: Any) -> None:
     careless = connect(world.endpoint, introduce("silo", "careless"))
-    careless.send(Parcel(b"", Heartbeat(), b"\x02garbage"))
+    careless.send(Parcel(b"", Heartbeat(), b"\x03garbage"))
     with pytest.raises(ProtocolError, match="not a header"):
         careless.receive(10)
     world.undisturbed()
@@ -143,7 +143,7 @@ def test_any_bytes_are_survived(start_broker: Any, raw: Any) -> None:
         st.integers(0, len(HEARTBEAT) - 1),
         st.integers(0, 255),
     )
-    frame = st.one_of(st.binary(max_size=40), mutated, st.binary(max_size=40).map(b"\x02".__add__))
+    frame = st.one_of(st.binary(max_size=40), mutated, st.binary(max_size=40).map(b"\x03".__add__))
 
     @settings(max_examples=150)
     @given(st.lists(frame, min_size=1, max_size=4))
@@ -172,7 +172,7 @@ def test_a_stranger_must_attach_first(world: Any, raw: Any, extending: Any) -> N
 
 def test_a_silo_cannot_name_itself_another(world: Any, raw: Any, introduce: Any, extending: Any) -> None:
     """The peer frame is the broker's to fill in; another silo's session stays unknown."""
-    (victim,) = world.broker.server.router._silos
+    (victim,) = world.broker.server.router.registry.silos
     dealer = raw(world.endpoint)
     dealer.say(victim, encode_header(introduce("silo", "thief")))
     assert isinstance(dealer.hears(), Welcome)

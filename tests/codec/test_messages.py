@@ -27,6 +27,7 @@ from codec.messages import (
     Commit,
     Committed,
     Done,
+    Drain,
     Error,
     Extend,
     Forward,
@@ -72,10 +73,12 @@ HEADERS: dict[str, AnyHeader] = {
         model=CARD,
         start=2,
         stop=28,
+        credit=8192,
     ),
     "welcome": Welcome(id=1, heartbeat=2.5, resumed=True, encodings=("raw", "steps")),
     "heartbeat": Heartbeat(id=3),
     "leave": Leave(),
+    "drain": Drain(id=2),
     "gone": Gone(name="s0"),
     "open-session": OpenSession(
         id=4,
@@ -87,6 +90,7 @@ HEADERS: dict[str, AnyHeader] = {
         rows=3,
         capacity=300,
         encodings=("raw", "steps"),
+        replays=True,
         adapter=LORA,
         names=("a", "b"),
     ),
@@ -133,28 +137,29 @@ HEADERS: dict[str, AnyHeader] = {
 
 GOLDEN: dict[str, str] = {
     "attach": (
-        "0289a46b696e64a6617474616368a4726f6c65a6776f726b6572a46e616d65a27730a470656572c41000010203040506"
+        "038aa46b696e64a6617474616368a4726f6c65a6776f726b6572a46e616d65a27730a470656572c41000010203040506"
         "0708090a0b0c0d0e0fa9656e636f64696e677392a3726177a6706c616e6573a56d6f64656c85a46e616d65a3612f62ab"
         "66696e6765727072696e74a466303064a6626c6f636b731ea668696464656ecd0240a773616d706c65738202a261621b"
-        "a26364a5737461727402a473746f701ca2696401"
+        "a26364a5737461727402a473746f701ca6637265646974cd2000a2696401"
     ),
     "welcome": (
-        "0285a46b696e64a777656c636f6d65a9686561727462656174cb4004000000000000a7726573756d6564c3a9656e636f"
+        "0385a46b696e64a777656c636f6d65a9686561727462656174cb4004000000000000a7726573756d6564c3a9656e636f"
         "64696e677392a3726177a57374657073a2696401"
     ),
-    "heartbeat": "0282a46b696e64a9686561727462656174a2696403",
-    "leave": "0281a46b696e64a56c65617665",
-    "gone": "0282a46b696e64a4676f6e65a46e616d65a27330",
+    "heartbeat": "0382a46b696e64a9686561727462656174a2696403",
+    "leave": "0381a46b696e64a56c65617665",
+    "drain": "0382a46b696e64a5647261696ea2696402",
+    "gone": "0382a46b696e64a4676f6e65a46e616d65a27330",
     "open-session": (
-        "028ca46b696e64ac6f70656e2d73657373696f6ea773657373696f6ea173a56d6f64656c85a46e616d65a3612f62ab66"
+        "038da46b696e64ac6f70656e2d73657373696f6ea773657373696f6ea173a56d6f64656c85a46e616d65a3612f62ab66"
         "696e6765727072696e74a466303064a6626c6f636b731ea668696464656ecd0240a773616d706c65738202a261621ba2"
         "6364a5737461727402a473746f701ca4726f777303a86361706163697479cd012ca9656e636f64696e677392a3726177"
-        "a57374657073a76164617074657283a472616e6b04a5616c706861cb4020000000000000a77461726765747392a6715f"
-        "70726f6aa775705f70726f6aa56e616d657392a161a162a2696404a774656e736f72739296a36633329207cd0240a372"
-        "617791cd3f00cb00000000000000000096a46266313690a37261779102cb000000000000000000"
+        "a57374657073a77265706c617973c3a76164617074657283a472616e6b04a5616c706861cb4020000000000000a77461"
+        "726765747392a6715f70726f6aa775705f70726f6aa56e616d657392a161a162a2696404a774656e736f72739296a366"
+        "33329207cd0240a372617791cd3f00cb00000000000000000096a46266313690a37261779102cb000000000000000000"
     ),
     "open-run": (
-        "028aa46b696e64a86f70656e2d72756ea372756ea172a56d6f64656c85a46e616d65a3612f62ab66696e676572707269"
+        "038aa46b696e64a86f70656e2d72756ea372756ea172a56d6f64656c85a46e616d65a3612f62ab66696e676572707269"
         "6e74a466303064a6626c6f636b731ea668696464656ecd0240a773616d706c65738202a261621ba26364a57374617274"
         "02a473746f701ca4706c616e8ca573696c6f7303a5737465707332a4656e6473a6736861726564a46c6f726183a47261"
         "6e6b04a5616c706861cb4020000000000000a77461726765747392a6715f70726f6aa775705f70726f6aad6c6561726e"
@@ -164,51 +169,51 @@ GOLDEN: dict[str, str] = {
         "726177a6626c6f636b73a56e616d657391a161a2696405a774656e736f72739196a36633329207cd0240a372617791cd"
         "3f00cb000000000000000000"
     ),
-    "opened": "0283a46b696e64a66f70656e6564a47374657009a2696405",
-    "close-session": "0283a46b696e64ad636c6f73652d73657373696f6ea773657373696f6ea173a2696406",
-    "close-run": "0283a46b696e64a9636c6f73652d72756ea372756ea172a2696407",
-    "done": "0282a46b696e64a4646f6e65a2696407",
+    "opened": "0383a46b696e64a66f70656e6564a47374657009a2696405",
+    "close-session": "0383a46b696e64ad636c6f73652d73657373696f6ea773657373696f6ea173a2696406",
+    "close-run": "0383a46b696e64a9636c6f73652d72756ea372756ea172a2696407",
+    "done": "0382a46b696e64a4646f6e65a2696407",
     "extend": (
-        "0289a46b696e64a6657874656e64a773657373696f6ea173a4726f7773920002a67374617274739200cd012ca76c656e"
+        "0389a46b696e64a6657874656e64a773657373696f6ea173a4726f7773920002a67374617274739200cd012ca76c656e"
         "67746873920601a477697265a462663136a46d61736b940440060ca2696408a774656e736f72739196a36633329207cd"
         "0240a372617791cd3f00cb000000000000000000"
     ),
     "forward": (
-        "0288a46b696e64a7666f7277617264a372756ea172aa6d6963726f6261746368cf0000010000000000a76c656e677468"
+        "0388a46b696e64a7666f7277617264a372756ea172aa6d6963726f6261746368cf0000010000000000a76c656e677468"
         "73923c04a477697265a57374657073a46d61736b940440060ca2696409a774656e736f72739396a36631369240cc80a6"
         "706c616e657392cd1f40cd0384cb00000000000000000096a36633329240cc80a5737465707393cd1fa4283ccb3fd000"
         "00000000000c96a36633329240cc80a6626c6f636b7393cd0100cd1000cd05dccb000000000000000000"
     ),
     "backward": (
-        "0287a46b696e64a86261636b77617264a372756ea172aa6d6963726f626174636801ae77616e74735f6772616469656e"
+        "0387a46b696e64a86261636b77617264a372756ea172aa6d6963726f626174636801ae77616e74735f6772616469656e"
         "74c2a477697265a27136a269640aa774656e736f72739396a36631369240cc80a6706c616e657392cd1f40cd0384cb00"
         "000000000000000096a36633329240cc80a5737465707393cd1fa4283ccb3fd00000000000000c96a36633329240cc80"
         "a6626c6f636b7393cd0100cd1000cd05dccb000000000000000000"
     ),
     "result": (
-        "0284a46b696e64a6726573756c74a77365636f6e6473cb3fd0000000000000a269640aa774656e736f72739596a36633"
+        "0384a46b696e64a6726573756c74a77365636f6e6473cb3fd0000000000000a269640aa774656e736f72739596a36633"
         "329207cd0240a372617791cd3f00cb00000000000000000096a46266313690a37261779102cb00000000000000000096"
         "a36631369240cc80a6706c616e657392cd1f40cd0384cb00000000000000000096a36633329240cc80a5737465707393"
         "cd1fa4283ccb3fd00000000000000c96a36633329240cc80a6626c6f636b7393cd0100cd1000cd05dccb000000000000"
         "000000"
     ),
     "commit": (
-        "0288a46b696e64a6636f6d6d6974a372756ea172a47374657009ab6c6f73735f746f6b656e73cd0200ab737175617265"
+        "0388a46b696e64a6636f6d6d6974a372756ea172a47374657009ab6c6f73735f746f6b656e73cd0200ab737175617265"
         "5f6e6f726dcb3ff8000000000000a56e616d657391a161a269640ba774656e736f72739196a36633329207cd0240a372"
         "617791cd3f00cb000000000000000000"
     ),
     "committed": (
-        "0288a46b696e64a9636f6d6d6974746564a4737465700aa764697669736f72cb4080000000000000a4636c6970cb3fe0"
+        "0388a46b696e64a9636f6d6d6974746564a4737465700aa764697669736f72cb4080000000000000a4636c6970cb3fe0"
         "000000000000a9677261645f6e6f726dcb4000000000000000a462757379cb3fe8000000000000a269640ba774656e73"
         "6f72739196a36633329207cd0240a372617791cd3f00cb000000000000000000"
     ),
-    "get-adapter": "0283a46b696e64ab6765742d61646170746572a372756ea172a269640c",
+    "get-adapter": "0383a46b696e64ab6765742d61646170746572a372756ea172a269640c",
     "adapter": (
-        "0284a46b696e64a761646170746572a56e616d657392a161a162a269640ca774656e736f72739296a36633329207cd02"
+        "0384a46b696e64a761646170746572a56e616d657392a161a162a269640ca774656e736f72739296a36633329207cd02"
         "40a372617791cd3f00cb00000000000000000096a46266313690a37261779102cb000000000000000000"
     ),
     "error": (
-        "0286a46b696e64a56572726f72a4636f6465a56c696d6974a477686174a8746f6f206d756368a473696465a6776f726b"
+        "0386a46b696e64a56572726f72a4636f6465a56c696d6974a477686174a8746f6f206d756368a473696465a6776f726b"
         "6572a468696e74a973656e64206c657373a269640d"
     ),
 }
@@ -248,8 +253,8 @@ def test_each_golden_header_says_all_that_its_kind_can_say(kind: str) -> None:
 
 
 def test_what_has_its_default_value_is_not_sent() -> None:
-    assert encode_header(Done()) == b"\x02" + msgspec.msgpack.encode({"kind": "done"})
-    assert encode_header(Leave(id=0)) == b"\x02" + msgspec.msgpack.encode({"kind": "leave"})
+    assert encode_header(Done()) == b"\x03" + msgspec.msgpack.encode({"kind": "done"})
+    assert encode_header(Leave(id=0)) == b"\x03" + msgspec.msgpack.encode({"kind": "leave"})
 
 
 @pytest.mark.parametrize("kind", HEADERS)
@@ -263,7 +268,7 @@ def test_a_header_may_lie_in_a_larger_buffer(kind: str) -> None:
 
 def test_another_protocol_version_says_what_to_do() -> None:
     for version in (0, 1, 255):
-        with pytest.raises(ProtocolError, match=f"speaks protocol {version}, this side speaks 2") as caught:
+        with pytest.raises(ProtocolError, match=f"speaks protocol {version}, this side speaks 3") as caught:
             decode_header(bytes([version]) + encode_header(Done())[1:])
         assert "same Trunkline version" in caught.value.hint
 
@@ -271,12 +276,12 @@ def test_another_protocol_version_says_what_to_do() -> None:
 @pytest.mark.parametrize("size", [0, 1, MAX_HEADER_BYTES + 1])
 def test_a_header_has_a_size(size: int) -> None:
     with pytest.raises(ProtocolError, match=f"a header of {size} bytes"):
-        decode_header(b"\x02" * size)
+        decode_header(b"\x03" * size)
 
 
 def refused(fields: dict[str, Any]) -> str:
     with pytest.raises(ProtocolError, match="not a header") as caught:
-        decode_header(b"\x02" + msgspec.msgpack.encode(fields))
+        decode_header(b"\x03" + msgspec.msgpack.encode(fields))
     return caught.value.what
 
 
@@ -379,12 +384,12 @@ def test_a_tensor_is_floating_point_in_a_known_encoding(spec: object) -> None:
 
 @settings(max_examples=500)
 @given(st.binary(max_size=200))
-@example(b"\x02\x81\xa4kind" + b"\x91" * 100_000)
-@example(b"\x02" + b"\x91" * 1_000_000)
-@example(b"\x02\x81\xa4kind\xa4\xff\xff\xff\xff")
-@example(b"\x02\xdf\xff\xff\xff\xff")
+@example(b"\x03\x81\xa4kind" + b"\x91" * 100_000)
+@example(b"\x03" + b"\x91" * 1_000_000)
+@example(b"\x03\x81\xa4kind\xa4\xff\xff\xff\xff")
+@example(b"\x03\xdf\xff\xff\xff\xff")
 def test_random_bytes_are_not_a_header(data: bytes) -> None:
-    for candidate in (data, b"\x02" + data):
+    for candidate in (data, b"\x03" + data):
         try:
             header = decode_header(candidate)
         except ProtocolError:
@@ -440,7 +445,7 @@ def test_a_small_header_that_claims_much_costs_nothing(
     claim: str, count: int, kind: str, field: str, inner: bytes
 ) -> None:
     words = b"".join(msgspec.msgpack.encode(word) for word in ("kind", kind, field))
-    data = b"\x02\x82" + words + inner + CLAIMS[claim] + count.to_bytes(4, "big") + b"\x01" * 20
+    data = b"\x03\x82" + words + inner + CLAIMS[claim] + count.to_bytes(4, "big") + b"\x01" * 20
     tracemalloc.start()
     begun = time.monotonic()
     with pytest.raises(ProtocolError):

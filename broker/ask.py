@@ -1,0 +1,46 @@
+"""A request as a worker's inbox sees it: what it is about, how urgent it is, what it costs."""
+
+from enum import IntEnum
+from typing import TypeVar
+
+from msgspec import Struct
+
+from codec.messages import Backward, Extend, Forward, Request
+
+
+class Rank(IntEnum):
+    """The classes, the most urgent first."""
+
+    DECODE = 0
+    BACKWARD = 1
+    PREFILL = 2
+    FORWARD = 3
+
+
+Flow = tuple[bytes, str, str]
+"""A silo's alias, "session" or "run", and the name. What is about the same flow keeps its order."""
+
+
+class Ask(Struct, eq=False):
+    """One request for one worker. `number` is the silo's; nobody waits for the answer to 0."""
+
+    flow: Flow
+    number: int
+    rank: Rank
+    tokens: int
+
+
+A = TypeVar("A", bound=Ask)
+
+
+def cost(header: Request) -> tuple[Rank, int]:
+    """Class and tokens. What costs no tokens waits for nothing but its flow, so its class is idle."""
+    if isinstance(header, Extend):
+        tokens = sum(header.lengths)
+        return Rank.DECODE if tokens == len(header.lengths) else Rank.PREFILL, tokens
+    if isinstance(header, Forward):
+        return Rank.FORWARD, sum(header.lengths)
+    if isinstance(header, Backward):
+        shape = header.tensors[0].shape if header.tensors else ()
+        return Rank.BACKWARD, shape[0] if shape else 0
+    return Rank.DECODE, 0

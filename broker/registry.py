@@ -1,0 +1,88 @@
+"""Who is attached, and who holds which session and run."""
+
+from broker.chain import Chain
+from broker.pool import Worker
+from broker.routes import choose_route, choose_worker
+from broker.silo import Hold, Silo
+from codec.errors import UnavailableError, UnknownNameError
+from codec.messages import CloseRun, CloseSession, OpenRun, OpenSession, Request
+from codec.partition import Span
+
+START_AGAIN = "Start it again and repeat the command."
+
+
+class Registry:
+    """Silos and workers by alias, and the home of each run. Keeps every worker's load."""
+
+    def __init__(self) -> None:
+        self.silos: dict[bytes, Silo] = {}
+        self.workers: dict[bytes, Worker] = {}
+        self.runs: dict[str, Worker] = {}
+
+    def admit(self, alias: bytes, role: str) -> Silo | Worker:
+        """A peer that is not known."""
+        if role == "worker":
+            worker = self.workers[alias] = Worker(alias)
+            return worker
+        silo = self.silos[alias] = Silo(alias)
+        silo.owed = {number for worker in self.workers.values() for number in worker.inbox.owes(alias)}
+        return silo
+
+    def owed(self, alias: bytes, number: int) -> bool:
+        """Whether a worker has yet to answer a silo's request of this number, awaited or not."""
+        return any(worker.inbox.has_sent(alias, number) for worker in self.workers.values())
+
+    def hold(self, silo: Silo, header: Request) -> Hold:
+        """What the request is about, made now if it opens a new name.
+
+        Raises `UnknownNameError`, `UnavailableError` for what left with its worker, and as
+        `choose_route` does.
+        """
+        names, name = silo.names(header)
+        hold = names.get(name)
+        if hold is not None and not hold.lost:
+            if hold.chain is not None and isinstance(header, OpenSession):
+                hold.chain.check(header)
+            return hold
+        if isinstance(header, OpenSession | OpenRun):
+            hold = names[name] = self._open(silo, header)
+            return hold
+        if hold is None:
+            raise UnknownNameError(f"you have no session or run {name!r} open")
+        if isinstance(header, CloseSession | CloseRun):
+            del names[name]
+        raise UnavailableError(f"worker {hold.lost!r} left, and {name!r} with it", hint=START_AGAIN)
+
+    def release(self, silo: Silo, hold: Hold) -> None:
+        """A silo's name is free again."""
+        silo.forget(hold)
+        if hold.flow[1] == "session":
+            self.unload(hold)
+        else:
+            self.drop_empty_runs()
+
+    def unload(self, hold: Hold) -> None:
+        """A session is gone from the workers that still are there."""
+        for worker in hold.workers:
+            worker.load -= 1
+
+    def drop_empty_runs(self) -> None:
+        """A run stays until its last silo has left it."""
+        joined = {run for silo in self.silos.values() for run, hold in silo.runs.items() if not hold.lost}
+        for run in [run for run in self.runs if run not in joined]:
+            self.runs.pop(run).load -= 1
+
+    def _open(self, silo: Silo, header: OpenSession | OpenRun) -> Hold:
+        wanted = header.model, Span(header.start, header.stop), header.encodings
+        if isinstance(header, OpenRun):
+            home = self.runs.get(header.run)
+            if home is None:
+                home = self.runs[header.run] = choose_worker(self.workers.values(), *wanted)
+                home.load += 1
+            return Hold((silo.alias, "run", header.run), home)
+        stages = choose_route(self.workers.values(), *wanted)
+        chain = Chain(header.session, stages) if len(stages) > 1 else None
+        hold = Hold((silo.alias, "session", header.session), stages[0].worker, chain)
+        for worker in hold.workers:
+            worker.load += 1
+        return hold
