@@ -32,7 +32,8 @@ class Ends:
         self.card: ModelCard = checkpoint.card(range(self.trunk.start, self.trunk.stop))
         self.config = checkpoint.config
         self.device = torch.device(device)
-        self._adapted = False
+        self.adapter_key: str | None = None
+        """The adapter to run head and tail with; None until they are adapted."""
 
     def adapt(self, plan: LoraPlan, seed: int, initial: Mapping[str, Tensor] | None = None) -> None:
         """Add LoRA to both ends; `initial` values, by global name, replace the fresh ones."""
@@ -40,12 +41,12 @@ class Ends:
             add_adapter(span, _KEY, plan, seed)
             if initial:
                 load_adapter(span, _KEY, initial)
-        self._adapted = True
+        self.adapter_key = _KEY
 
     def head_adapter(self) -> dict[str, Tensor]:
         """The head's adapter weights by global name."""
-        return adapter_tensors(self.head, _KEY) if self._adapted else {}
+        return adapter_tensors(self.head, _KEY) if self.adapter_key else {}
 
     def adapter(self) -> dict[str, Tensor]:
         """Both ends' adapter weights by global name."""
-        return {**self.head_adapter(), **(adapter_tensors(self.tail, _KEY) if self._adapted else {})}
+        return {**self.head_adapter(), **(adapter_tensors(self.tail, _KEY) if self.adapter_key else {})}

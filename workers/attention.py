@@ -28,8 +28,8 @@ class Packing:
 
     lengths: tuple[int, ...]
     caches: Sequence[RowCache] | None = None
-    mask: Tensor | None = None
-    """Bool `[T, T]`, which new tokens see which, read within each sequence; causal without it."""
+    masks: Sequence[Tensor | None] | None = None
+    """For each sequence bool `[length, length]`, which new tokens see which; causal where None."""
 
 
 def packed_attention(
@@ -55,10 +55,10 @@ def packed_attention(
         query, key, value = query_1HTD[:, :, here], key_1GTD[:, :, here], value_1GTD[:, :, here]
         if packing.caches is not None:
             key, value = packing.caches[index].append(cast("int", module.layer_idx), key, value)
-        seen = None if packing.mask is None else packing.mask[here, here]
-        outputs.append(_attend(query, key, value, scaling, dropout, sliding_window, softcap, seen))
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return joined.transpose(1, 2), None
+        seen = None if packing.masks is None else packing.masks[index]
+        output = _attend(query, key, value, scaling, dropout, sliding_window, softcap, seen)
+        outputs.append(output.transpose(1, 2))  # Joined as the layer wants it, or it would copy it again.
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 def _attend(

@@ -7,15 +7,17 @@ what PEFT's files add to that is left to `silo_agent.adapters`.
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import partial
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from codec import partition
 from codec.errors import MismatchError
 from codec.plan import LoraPlan
+from workers.adapted import AdaptedLinear
 from workers.families import check_targets
 from workers.span import Span
 
@@ -43,11 +45,15 @@ def add_adapter(
     global name, so that every partition of a run begins with the same adapter. Weights are fp32.
     """
     check_targets(span.model.config, plan.targets)
+    span.adapters.add(key)
     # The layers alone: given the model, PEFT would look for embeddings that this span may not have.
     layers = span.layers(blocks)
     if not len(layers):
         return
-    inject_adapter_in_model(peft_config(plan), layers, adapter_name=key)
+    config = peft_config(plan)
+    layer = cast("type[nn.Module]", partial(AdaptedLinear, routing=span.routing))
+    config._register_custom_module({nn.Linear: layer})
+    inject_adapter_in_model(config, layers, adapter_name=key)
     del layers.peft_config  # PEFT would take the next adapter for a mistake.
     for name, weight in adapter_tensors(span, key).items():
         weight.data = weight.data.to(torch.float32)
@@ -60,30 +66,15 @@ def add_adapter(
             nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
             weight.data.copy_(first)
     _train_all(span)
-    span.in_use = None  # PEFT put the new adapter to use where it was added.
 
 
 def drop_adapter(span: Span, key: str) -> None:
-    """Remove adapter `key` and its memory. If it was in use, the base model alone is."""
+    """Remove adapter `key` and its memory."""
     for layer in _layers(span):
-        if key in layer.active_adapters:
-            layer.set_adapter([])  # PEFT would put another run's adapter in its place
+        layer.set_adapter([])  # PEFT would warn that it puts another one in the place of one in use.
         layer.delete_adapter(key)
+    span.adapters.discard(key)
     _train_all(span)
-    span.in_use = None
-
-
-def use_adapter(span: Span, key: str | None) -> None:
-    """Make the next passes run with adapter `key`, or with the base model alone."""
-    if span.in_use == (key,):
-        return  # Walking a large span's modules costs a decode step a tenth of its time.
-    for layer in _layers(span):
-        layer.enable_adapters(key is not None)
-        if key is not None:
-            layer.set_adapter(key)
-    # PEFT freezes what it does not select; a graph in flight would then lose gradients silently.
-    _train_all(span)
-    span.in_use = (key,)
 
 
 def adapter_tensors(span: Span, key: str) -> dict[str, Tensor]:
@@ -112,11 +103,12 @@ def load_adapter(span: Span, key: str, tensors: Mapping[str, Tensor]) -> None:
         weight.data.copy_(tensors[name])
 
 
-def _layers(span: Span) -> list[LoraLayer]:
-    return [module for module in span.model.modules() if isinstance(module, LoraLayer)]
+def _layers(span: Span) -> list[AdaptedLinear]:
+    return [module for module in span.model.modules() if isinstance(module, AdaptedLinear)]
 
 
 def _train_all(span: Span) -> None:
-    for name, parameter in span.model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            parameter.requires_grad_(True)
+    # PEFT freezes what it does not select; a graph in flight would then lose gradients silently.
+    for layer in _layers(span):
+        for weights in (layer.lora_A, layer.lora_B):
+            weights.requires_grad_(True)

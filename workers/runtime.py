@@ -16,6 +16,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# oneDNN compiles a kernel of half a megabyte for every shape, torch keeps another handle on it, and
+# the number of packed tokens is new in nearly every pass: with their defaults a worker grew to a gigabyte.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 

@@ -6,7 +6,7 @@ tensors are read. It runs packed sequences: the tokens of all sequences one afte
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,19 @@ from workers.attention import Packing
 from workers.checkpoint import Checkpoint
 from workers.families import span_config
 from workers.kv import KVShape, RowCache
+from workers.linear import freeze_linears
+from workers.parts import Part, stretches
+from workers.routing import Routing, shares_of
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 
 
 class Span:
-    """Blocks `[start, stop)` of a model, ready to run. Frozen; LoRA is added by `workers.lora`."""
+    """Blocks `[start, stop)` of a model, ready to run. Frozen; LoRA is added by `workers.lora`.
+
+    One thread at a time: adapted and fused layers look up what belongs to the pass under way.
+    """
 
     def __init__(
         self,
@@ -52,8 +58,9 @@ class Span:
         self.device = torch.device(device)
         self.dtype = dtype
         self._embeds, self._predicts = embeds, predicts
-        self.in_use: tuple[str | None] | None = None
-        """The adapter that passes run with, kept by `workers.lora`; None while it is not known."""
+        self.adapters: set[str] = set()
+        """Keys of its adapters, kept by `workers.lora`."""
+        self.routing = Routing()
         self._views: dict[partition.Span, Any] = {}
         config = span_config(checkpoint.config, blocks, embeds=embeds)
         with init_empty_weights(include_buffers=False):
@@ -66,10 +73,10 @@ class Span:
         if not predicts:
             base.norm = nn.Identity()
         self._base = base
-        self._load(checkpoint, tied)
+        self._load(checkpoint, tied, freeze_linears(whole, dtype, self.device))
         self.model.to(self.device).eval().requires_grad_(False)
 
-    def _load(self, checkpoint: Checkpoint, tied: "Span | None") -> None:
+    def _load(self, checkpoint: Checkpoint, tied: "Span | None", room: Mapping[str, Tensor]) -> None:
         wanted = {self._stored_name(name): name for name in self.model.state_dict()}
         state: dict[str, Tensor] = {}
         borrows = (
@@ -83,7 +90,11 @@ class Span:
             elif not self._embeds:
                 wanted[_EMBEDDINGS] = _LM_HEAD
         for name, tensor in checkpoint.read(wanted):
-            state[wanted[name]] = tensor.to(self.device, self.dtype)
+            own = room.get(wanted[name])
+            if own is not None and own.shape == tensor.shape:
+                state[wanted[name]] = own.copy_(tensor)
+            else:
+                state[wanted[name]] = tensor.to(self.device, self.dtype)
         if borrows and self._embeds:
             state[_LM_HEAD] = state[_EMBEDDINGS]
         try:
@@ -115,6 +126,11 @@ class Span:
         """Bytes of the span's own weights, adapters included."""
         return sum({p.data_ptr(): p.nbytes for p in self.model.parameters()}.values())
 
+    @property
+    def filling(self) -> int:
+        """About how many tokens fill a pass: with more, a token takes no less time."""
+        return 512 if self.device.type == "cpu" else 2048
+
     def kv_shape(self, blocks: partition.Span | None = None) -> KVShape:
         """What a cached token takes in this span, or in its part `blocks`."""
         part = self.blocks if blocks is None else blocks
@@ -134,41 +150,89 @@ class Span:
         packed: Tensor,
         lengths: Sequence[int],
         *,
-        caches: Sequence[RowCache] | None = None,
         blocks: partition.Span | None = None,
-        keep: Tensor | None = None,
+        adapter: str | None = None,
+        caches: Sequence[RowCache] | None = None,
         mask: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """Run packed sequences through the span, or through its part `blocks`.
+        """Run one part alone: see `Part` for the arguments and `run_parts` for result and errors."""
+        return self.run_parts([Part(packed, lengths, blocks, adapter, caches, mask, keep)])[0]
 
-        `packed` is int64 `[T]` token ids if the span embeds, else `[T, hidden]`, with
-        `T = sum(lengths)`. With `caches`, one per sequence, the tokens continue what each cache
-        holds, and the caches advance. `mask`, bool `[T, T]`, says which new tokens of a sequence see
-        which, where that is not causal; cached tokens are always seen. Returns `[T, hidden]`; from a
-        span that predicts, logits `[len(keep), vocabulary]` of the packed positions `keep` (all if
-        None). Raises `LimitError` if a cache has no room; nothing has happened then.
+    def run_parts(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Run all parts in one pass; each joins it at its first block and leaves it after its last.
+
+        Parts may differ in blocks, adapter and mask. All have caches or none has: what is trained and
+        what is generated are not mixed. A span that embeds or predicts runs whole. Caches advance when
+        the pass is complete. Returns for each part `[T, hidden]`; from a span that predicts, logits
+        `[len(keep), vocabulary]`. Gradients flow to each part's `packed` and adapter, as if it ran alone.
+
+        Raises `LimitError` if a cache has no room, `MismatchError` for blocks that are not hosted, and
+        `ValueError` for an unknown adapter or a mixture of caches; nothing has happened then.
         """
-        for cache, length in zip(caches or (), lengths, strict=bool(caches)):
-            cache.check_room(length)
+        self._check(parts)
+        dtype = torch.int64 if self._embeds else self.dtype
+        values = [part.packed.to(self.device, dtype) for part in parts]
+        present: tuple[int, ...] = ()
+        joined = torch.empty(0)
+        for blocks, members in stretches([part.blocks or self.blocks for part in parts]):
+            if members != present:
+                self._part(values, parts, present, joined)
+                joined = _cat([values[index] for index in members])
+                present = members
+            joined = self._pass(self.view(blocks), joined, [parts[index] for index in members])
+        self._part(values, parts, present, joined)
+        for part in parts:
+            for cache, length in zip(part.caches or (), part.lengths, strict=bool(part.caches)):
+                cache.advance(length)
+        return values
+
+    def _check(self, parts: Sequence[Part]) -> None:
+        whole = self._embeds or self._predicts
+        for part in parts:
+            if part.blocks is not None and not self.blocks.contains(part.blocks):
+                raise MismatchError(
+                    f"blocks {part.blocks} are not within the hosted {self.blocks}", side="worker"
+                )
+            if whole and part.blocks not in (None, self.blocks):
+                raise MismatchError(f"the ends of a model run whole, not their blocks {part.blocks} alone")
+            if part.adapter is not None and part.adapter not in self.adapters:
+                raise ValueError(f"the span has no adapter {part.adapter!r}")
+            for cache, length in zip(part.caches or (), part.lengths, strict=bool(part.caches)):
+                cache.check_room(length)
+        if len({part.caches is None for part in parts}) > 1:
+            raise ValueError("parts with caches and parts without cannot share a pass")
+
+    def _pass(self, view: Any, joined: Tensor, parts: Sequence[Part]) -> Tensor:
+        """The packed tokens of `parts` through one stretch of blocks, in which all of them are."""
+        lengths = tuple(length for part in parts for length in part.lengths)
+        caches = [cache for part in parts for cache in part.caches or ()]
+        masked = any(part.mask is not None for part in parts)
+        squares = [square for part in parts for square in part.squares(self.device)] if masked else None
         starts = [cache.length for cache in caches] if caches else [0] * len(lengths)
         arguments: dict[str, object] = {
             "position_ids": positions(starts, lengths, self.device)[None],
-            "packing": Packing(tuple(lengths), caches, None if mask is None else mask.to(self.device)),
+            "packing": Packing(lengths, caches or None, squares),
             "use_cache": False,
+            "input_ids" if self._embeds else "inputs_embeds": joined[None],
         }
-        if self._embeds:
-            arguments["input_ids"] = packed.to(self.device)[None]
-        else:
-            arguments["inputs_embeds"] = packed.to(self.device, self.dtype)[None]
-        if self._predicts and keep is not None:
-            arguments["logits_to_keep"] = keep
-        output = self.view(blocks)(**arguments)
-        if caches:
-            for cache, length in zip(caches, lengths, strict=True):
-                cache.advance(length)
+        if self._predicts and any(part.keep is not None for part in parts):
+            arguments["logits_to_keep"] = _kept(parts, self.device)
+        with self.routing.to(shares_of((part.adapter, part.tokens) for part in parts)):
+            output = view(**arguments)
         result = output.logits if self._predicts else output.last_hidden_state
         assert isinstance(result, Tensor)
         return result[0]
+
+    def _part(
+        self, values: list[Tensor], parts: Sequence[Part], members: tuple[int, ...], joined: Tensor
+    ) -> None:
+        """Give each member its own of what they computed together."""
+        if len(members) == 1:
+            values[members[0]] = joined
+            return
+        for index, value in zip(members, joined.split([parts[i].rows for i in members]), strict=True):
+            values[index] = value
 
     def layers(self, blocks: partition.Span | None = None) -> nn.ModuleList:
         """The decoder blocks themselves, of the span or of its part `blocks`."""
@@ -181,8 +245,6 @@ class Span:
         """The model, or one that shares its modules and runs only the part `blocks`."""
         if blocks is None or blocks == self.blocks:
             return self.model
-        if not self.blocks.contains(blocks):
-            raise MismatchError(f"blocks {blocks} are not within the hosted {self.blocks}", side="worker")
         if blocks not in self._views:
             first = blocks.start - self.blocks.start
             local = partition.Span(first, first + len(blocks))
@@ -192,3 +254,17 @@ class Span:
             view.config = span_config(self._base.config, local, embeds=self._embeds)
             self._views[blocks] = view
         return self._views[blocks]
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _kept(parts: Sequence[Part], device: torch.device) -> Tensor:
+    """The packed positions of all parts that get logits."""
+    at, kept = 0, []
+    for part in parts:
+        own = torch.arange(part.tokens) if part.keep is None else part.keep
+        kept.append(own.to(device) + at)
+        at += part.tokens
+    return _cat(kept)

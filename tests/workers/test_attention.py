@@ -45,7 +45,10 @@ def module(layer: int = 0) -> nn.Module:
 
 def rows(groups: int, capacities: Sequence[int], layers: int = 1) -> list[RowCache]:
     shape = KVShape(layers, groups, DIM, torch.float32, torch.device("cpu"))
-    return [RowCache(shape, capacity) for capacity in capacities]
+    made = [RowCache(shape, capacity) for capacity in capacities]
+    for row in made:
+        row.check_room(row.capacity)
+    return made
 
 
 HEADS = st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)])
