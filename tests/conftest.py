@@ -1,7 +1,8 @@
 """Shared fixtures: tiny random models of every architecture, each built once per session."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from broker.parcel import Parcel
     from workers.checkpoint import Checkpoint
+    from workers.service import TrunkService
     from workers.span import Span
 
 # A slow shared runner is not a failure, and no test leaves a database of examples behind.
@@ -175,3 +178,26 @@ def split() -> Callable[..., tuple["Span", "Span", "Span"]]:
         return front, trunk, Span(checkpoint, last, predicts=True, tied=front, **options)
 
     return make
+
+
+def _handle(service: "TrunkService", parcels: "Sequence[Parcel]") -> "list[Parcel]":
+    from workers.inbound import open_up
+    from workers.replies import encoded
+
+    for parcel in parcels:
+        service.add(open_up(parcel, service.trunk))
+    answers: list[Parcel] = []
+    while True:
+        replies = service.next_pass(time.monotonic())
+        answers += map(encoded, replies or ())
+        if replies is None:
+            due = service.wait(time.monotonic())
+            if due is None:
+                return answers
+            time.sleep(due)
+
+
+@pytest.fixture(scope="session")
+def handle() -> "Callable[[TrunkService, Sequence[Parcel]], list[Parcel]]":
+    """Everything that messages cause at a service, as a worker's threads would have it, one by one."""
+    return _handle

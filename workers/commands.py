@@ -2,9 +2,11 @@
 
 import secrets
 import socket
+from pathlib import Path
 
 import click
 
+from broker.key_files import link_keys
 from workers import runtime  # before torch: it sets how idle threads wait
 
 _MIB = 1 << 20
@@ -24,7 +26,29 @@ _MIB = 1 << 20
     metavar="MIB",
     help="Bound on the KV caches of all sessions together.",
 )
-@click.option("--name", default=socket.gethostname, help="How logs call this worker.  [default: host name]")
+@click.option(
+    "--activation-memory",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    metavar="MIB",
+    help="Bound on what micro-batches keep between forward and backward; beyond, it is computed again.",
+)
+@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there; port 0 too.")
+@click.option(
+    "--drain",
+    type=click.FloatRange(min=0.0),
+    default=30.0,
+    show_default=True,
+    help="Seconds in which what is open may end after SIGTERM; nothing new is taken meanwhile.",
+)
+@click.option(
+    "--name",
+    default=socket.gethostname,
+    help="How logs call this worker.  [default: the key's, or host name]",
+)
+@click.option("--key", type=click.Path(path_type=Path), metavar="FILE", help="This worker's secret key.")
+@click.option("--broker-key", metavar="FILE", help="The broker's public key: its file, or the key itself.")
 @click.option(
     "--patience", type=float, default=60.0, show_default=True, help="Seconds to wait for a lost broker."
 )
@@ -35,7 +59,12 @@ def worker(
     device: str,
     dtype: str,
     kv_memory: int,
+    activation_memory: int,
+    metrics: str | None,
+    drain: float,
     name: str,
+    key: Path | None,
+    broker_key: str | None,
     patience: float,
 ) -> None:
     """Host a span of a model's blocks and compute for silos. Sees no text, token ids or labels.
@@ -44,18 +73,23 @@ def worker(
     Examples:
       trunkline worker --broker tcp://127.0.0.1:7555 --model smollm2-135m
       trunkline worker --broker tcp://127.0.0.1:7555 --model meta-llama/Llama-2-7b-hf --blocks 2:30
+      trunkline worker --broker tcp://hub.example:7555 --model smollm2-135m \\
+          --key keys/gpu1.secret --broker-key hub.public
     """
     from broker.link import ZmqLink
+    from broker.metrics import serve_metrics
     from broker.shutdown import stop_on_signals
     from codec import logs, partition
     from codec.messages import Attach
     from workers.checkpoint import Checkpoint
-    from workers.serve import serve
+    from workers.metrics import WorkerMetrics
+    from workers.serve import credit_of, serve
     from workers.service import TrunkService
     from workers.span import Span
 
     logs.configure()
     runtime.quiet_libraries()
+    keys = link_keys(key, broker_key, "worker")
     stop = stop_on_signals()
     checkpoint = Checkpoint(model)
     hosted = partition.Span.parse(blocks) if blocks else partition.Span(0, checkpoint.blocks)
@@ -69,12 +103,16 @@ def worker(
         model=card,
         start=hosted.start,
         stop=hosted.stop,
+        credit=credit_of(span),
     )
     log = logs.Log("worker")
     log.say("hosting", model=model, blocks=str(hosted), mib=span.weight_bytes // _MIB, device=str(where))
-    link = ZmqLink(broker, attach, patience=patience)
+    service = TrunkService(span, card, kv_memory * _MIB, activation_memory * _MIB)
+    if metrics:
+        click.echo(f"metrics at {serve_metrics(metrics, WorkerMetrics(service), 'worker')}")
+    link = ZmqLink(broker, attach, patience=patience, keys=keys)
     try:
-        serve(link, TrunkService(span, card, kv_memory * _MIB), stop)
+        serve(link, service, stop, drain_s=drain)
     finally:
         link.close()
     log.say("stopped")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from broker.parcel import Parcel, error_parcel
 from codec.errors import FrameError, TrunklineError
+from codec.logs import Log
 from codec.messages import AnyHeader, Wire
 from codec.tensors import encode_tensors
 
@@ -32,14 +33,18 @@ def encoded(reply: Reply) -> Parcel:
             reply.tensors, reply.wire, f"worker's {kind_of(reply.header)}", stochastic=reply.stochastic
         )
     except FrameError as error:
-        trouble = FrameError(error.what, hint=error.hint, side="worker")
+        trouble: TrunklineError = FrameError(error.what, hint=error.hint, side="worker")
         return error_parcel(reply.header.id, trouble).to(reply.silo)
+    except Exception as error:
+        Log("worker").failed("answer not packed", kind=kind_of(reply.header))
+        return error_parcel(reply.header.id, unexpected(error)).to(reply.silo)
     return Parcel.of(msgspec.structs.replace(reply.header, tensors=specs), frames, reply.silo)
 
 
-def readdressed(answer: Parcel, parcel: Parcel) -> Parcel:
-    """The same error for another request that failed with it."""
-    return Parcel.of(msgspec.structs.replace(answer.header, id=parcel.header.id), peer=parcel.peer)
+def unexpected(error: Exception) -> TrunklineError:
+    """What a silo is told of an error that nobody foresaw."""
+    what = f"the worker failed: {type(error).__name__}: {error}"
+    return TrunklineError(what, side="worker", hint="See its log.")
 
 
 def error_header(request: int, error: TrunklineError) -> AnyHeader:

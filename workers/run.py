@@ -9,20 +9,18 @@ from torch import Tensor
 
 from broker.parcel import error_parcel
 from codec import partition
-from codec.errors import LimitError, MismatchError, TrunklineError, UnknownNameError
-from codec.messages import AnyHeader, Backward, Commit, Committed, Forward
+from codec.errors import MismatchError, TrunklineError
+from codec.messages import AnyHeader, Commit, Committed
 from codec.plan import RunPlan
+from workers.busy import Busy
 from workers.ledger import Ledger
-from workers.lora import adapter_tensors, add_adapter, drop_adapter, load_adapter, use_adapter
+from workers.lora import adapter_tensors, add_adapter, drop_adapter, load_adapter
 from workers.optimizer import PartOptimizer, clip_factor
 from workers.span import Span
 
-_MAX_KEPT = 256
-"""Micro-batches between forward and backward; each holds its activations."""
-
 
 class TrunkRun:
-    """One adapter over the shared frozen trunk, its optimizer, and micro-batches in flight."""
+    """One adapter over the shared frozen trunk, and its optimizer."""
 
     def __init__(
         self,
@@ -31,12 +29,13 @@ class TrunkRun:
         plan: RunPlan,
         blocks: partition.Span,
         initial: Mapping[str, Tensor],
+        busy: Busy,
     ) -> None:
-        """Create adapter `key` on `blocks`, from `initial` if it holds tensors.
+        """Create adapter `key` on `blocks`, from `initial` if it holds tensors. `busy` is the worker's.
 
         Raises `MismatchError` if those do not fit the trunk; nothing is left behind then.
         """
-        self._span, self._key, self._blocks = span, key, blocks
+        self._span, self.key, self.blocks = span, key, blocks
         self.ledger = Ledger(plan)
         self._initial = dict(initial)
         add_adapter(span, key, plan.lora, plan.seed, blocks)
@@ -46,18 +45,16 @@ class TrunkRun:
         except Exception:
             drop_adapter(span, key)
             raise
-        self._parameters = adapter_tensors(span, key)
-        self._optimizer = PartOptimizer(plan, self._parameters)
-        self._kept: dict[tuple[bytes, int], tuple[Tensor, Tensor]] = {}
+        self.parameters = adapter_tensors(span, key)
+        self._optimizer = PartOptimizer(plan, self.parameters)
         self._ends: dict[bytes, dict[str, Tensor]] = {}
-        self._since = time.monotonic()
-        self._busy = 0.0
+        self._worker, self._since, self._busy = busy, time.monotonic(), busy.seconds
 
     def join(self, silo: bytes, plan: RunPlan, blocks: partition.Span, initial: Mapping[str, Tensor]) -> None:
         """Admit a silo with its partition. Raises `MismatchError` for another plan or first adapter."""
-        if blocks != self._blocks:
+        if blocks != self.blocks:
             raise MismatchError(
-                f"this run's trunk is {self._blocks}, not {blocks}",
+                f"this run's trunk is {self.blocks}, not {blocks}",
                 hint="Give all silos of a run the same --head and --tail.",
             )
         if initial.keys() != self._initial.keys() or any(
@@ -67,35 +64,6 @@ class TrunkRun:
                 "this run was opened with another first adapter", hint="Resume every silo from the same one."
             )
         self.ledger.join(silo, plan)
-
-    def forward(self, silo: bytes, request: Forward, packed: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states `[T, hidden]` through the trunk; activations are kept for `backward`."""
-        self.ledger.check(silo)
-        if len(self._kept) >= _MAX_KEPT:
-            raise LimitError(f"{_MAX_KEPT} micro-batches wait for their backward", side="silo")
-        begun = time.monotonic()
-        use_adapter(self._span, self._key)
-        entry = packed.to(self._span.device, self._span.dtype).requires_grad_()
-        result = self._span.run(entry, request.lengths, blocks=self._blocks, mask=mask)
-        self._kept[silo, request.microbatch] = entry, result
-        self._busy += time.monotonic() - begun
-        return result.detach()
-
-    def backward(self, silo: bytes, request: Backward, gradient: Tensor) -> Tensor | None:
-        """Accumulate the adapter's gradient; return the one at the trunk's input if it is wanted."""
-        self.ledger.check(silo)
-        kept = self._kept.get((silo, request.microbatch))
-        if kept is None:
-            raise UnknownNameError(f"no micro-batch {request.microbatch} of yours waits for its backward")
-        entry, result = kept
-        if gradient.shape != result.shape:
-            raise MismatchError(f"a gradient {tuple(gradient.shape)} for an output {tuple(result.shape)}")
-        del self._kept[silo, request.microbatch]
-        begun = time.monotonic()
-        inputs = [*self._parameters.values(), *([entry] if request.wants_gradient else [])]
-        torch.autograd.backward(result, gradient.to(result), inputs=inputs)
-        self._busy += time.monotonic() - begun
-        return entry.grad if request.wants_gradient else None
 
     def commit(
         self, silo: bytes, request: Commit, ends: Mapping[str, Tensor]
@@ -112,7 +80,6 @@ class TrunkRun:
         self._ends[silo] = dict(ends)
         if not complete:
             return {}
-        begun = time.monotonic()
         tokens, square = self.ledger.totals()
         summed = self._summed_ends()
         square += self._optimizer.square_norm()
@@ -123,6 +90,7 @@ class TrunkRun:
             return self._no_step()
         clip = clip_factor(self.ledger.plan, norm)
         self._optimizer.step(self.ledger.step, divisor, clip)
+        share = self._busy_share()
         answers: dict[bytes, tuple[AnyHeader, list[Tensor]]] = {
             member: (
                 Committed(
@@ -131,13 +99,12 @@ class TrunkRun:
                     divisor=divisor,
                     clip=clip,
                     grad_norm=norm,
-                    busy=self._busy_share(begun),
+                    busy=share,
                 ),
                 summed,
             )
             for member, commit in self.ledger.commits.items()
         }
-        self._since, self._busy = time.monotonic(), 0.0
         self.ledger.stepped()
         self._ends.clear()
         return answers
@@ -151,7 +118,7 @@ class TrunkRun:
         commits = dict(self.ledger.commits)
         self.ledger.commits.clear()
         self._ends.clear()
-        for parameter in self._parameters.values():
+        for parameter in self.parameters.values():
             parameter.grad = None
         return {member: (error_parcel(commit.id, error).header, []) for member, commit in commits.items()}
 
@@ -170,23 +137,22 @@ class TrunkRun:
                 sums[name] = sums[name] + tensor if name in sums else tensor
         return list(sums.values())
 
-    def _busy_share(self, begun: float) -> float:
-        now = time.monotonic()
-        return min(1.0, (self._busy + now - begun) / max(1e-9, now - self._since))
+    def _busy_share(self) -> float:
+        now, busy = time.monotonic(), self._worker.seconds
+        share = min(1.0, (busy - self._busy) / max(1e-9, now - self._since))
+        self._since, self._busy = now, busy
+        return share
 
     def adapter(self) -> dict[str, Tensor]:
         """The trunk adapter's tensors by global name."""
         # Copies: a link sends without copying, and the next step must not change what is on its way.
-        return {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
+        return {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
 
     def leave(self, silo: bytes, name: str | None) -> dict[bytes, Commit]:
         """A silo closed the run (`name` None) or is gone; returns the commits that wait in vain."""
-        for kept in [kept for kept in self._kept if kept[0] == silo]:
-            del self._kept[kept]
         self._ends.clear()
         return self.ledger.leave(silo, "another silo" if name is None else f"silo {name!r}")
 
     def close(self) -> None:
         """Free the adapter."""
-        self._kept.clear()
-        drop_adapter(self._span, self._key)
+        drop_adapter(self._span, self.key)

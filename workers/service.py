@@ -1,25 +1,19 @@
-"""The trunk service: waiting requests in, the answers they cause out. No sockets, one thread."""
+"""The trunk service: opened-up requests in, the replies they cause out. No sockets, one thread.
+
+What comes is put on the agenda; `next_pass` carries out what the agenda says comes first, together
+with everything that may share its pass.
+"""
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
-from typing import cast
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from broker.parcel import Parcel, error_parcel
-from codec import partition
-from codec.errors import (
-    FrameError,
-    LimitError,
-    MismatchError,
-    ProtocolError,
-    TrunklineError,
-    UnknownNameError,
-)
+from codec.errors import TrunklineError
 from codec.logs import Log
-from codec.masks import decode_mask
 from codec.messages import (
     Adapter,
     Backward,
@@ -38,219 +32,266 @@ from codec.messages import (
     Result,
 )
 from codec.plan import ModelCard
-from codec.tensors import decode_tensors
-from workers.passes import Waiting, plan_passes
-from workers.replies import Reply, encoded, error_header, kind_of, readdressed
-from workers.run import TrunkRun
-from workers.session import Extension, TrunkSession, extend_together, session_bytes
+from workers.activations import Activations, Gradient, MicroBatch
+from workers.agenda import MAX_PASS_TOKENS, Agenda, Job, Kind, Pass, Share
+from workers.busy import Busy
+from workers.holdings import Holdings, named
+from workers.inbound import Trunk, Work
+from workers.parts import Part
+from workers.replies import Reply, error_header, unexpected
+from workers.session import Extension
 from workers.span import Span
+
+T = TypeVar("T")
+Outcome = Tensor | TrunklineError | list[Reply] | None
+"""What came of a job: its part of a pass, an error, or what to tell whom."""
+
+ACTIVATION_BYTES = 4 << 30
+_STALL_S = 0.1
+"""How much longer a decode pass may take because a part of a prompt is in it, or twice its time."""
+_LEAST_CHUNK, _FIRST_CHUNK = 16, 64
 
 
 class TrunkService:
     """Sessions and runs over one hosted span. Names belong to the silo that opened them."""
 
-    def __init__(self, span: Span, card: ModelCard, kv_bytes: int) -> None:
-        """`kv_bytes` bounds the KV caches of all sessions together."""
-        self._span, self._card, self._kv_bytes = span, card, kv_bytes
-        self._sessions: dict[tuple[bytes, str], TrunkSession] = {}
-        self._runs: dict[str, TrunkRun] = {}
-        self._keys = count()
+    def __init__(
+        self, span: Span, card: ModelCard, kv_bytes: int, activation_bytes: int = ACTIVATION_BYTES
+    ) -> None:
+        """Bounds on the KV caches of all sessions, and on what waits between forward and backward."""
+        self._span, self._card = span, card
+        self.busy = Busy(span.device)
+        self.holdings = Holdings(span, card, kv_bytes, self.busy)
+        self.holdings.asked = self._asked
+        self.activations = Activations(span, activation_bytes)
+        self._agenda = Agenda(joint_tokens=span.filling)
+        self._works: dict[Job, Work] = {}
+        self.answered_bytes = 0
+        """Of the tensors that requests brought, those that are not needed any more."""
+        self._extensions: dict[Job, Extension] = {}
+        self._chunk, self._forward_s, self._decode_s = _FIRST_CHUNK, 0.0, 0.0
         self._log = Log("worker")
-        self._begun = 0.0
 
-    def handle(self, parcels: Sequence[Parcel]) -> list[Parcel]:
-        """Carry out what waits, together where that can be. Never raises: what went wrong is an answer.
+    @property
+    def trunk(self) -> Trunk:
+        """What passes take."""
+        return Trunk(self._span.device, self._span.dtype, self._card.hidden)
 
-        A silo's own requests keep their order.
-        """
-        answers: list[Parcel] = []
-        for members in plan_passes([self._waiting(parcel) for parcel in parcels]):
-            chosen = [parcels[index] for index in members]
-            if isinstance(chosen[0].header, Extend):
-                answers += self._extend(chosen)
+    @property
+    def idle(self) -> bool:
+        """Whether nobody holds anything here and nothing waits."""
+        return not self._agenda.waiting and not self.holdings
+
+    def add(self, work: Work) -> None:
+        """A message came; what is neither a request nor about a silo that is gone is nobody's business."""
+        if not isinstance(work.header, Request | Gone):
+            return
+        job = self._job(work)
+        self._works[job] = work
+        self._agenda.add(job, work.arrived)
+
+    def wait(self, now: float) -> float | None:
+        """After `next_pass` found nothing: seconds until it will; None if only a request can tell."""
+        due = self._agenda.due()
+        return None if due is None else max(0.0, due - now)
+
+    def next_pass(self, now: float) -> list[Reply] | None:
+        """Carry out what comes next; None if nothing may run. Never raises: errors are replies."""
+        chosen = self._agenda.next_pass(now, self._chunk, self.activations.members, self._decode_s)
+        if chosen is None:
+            return None
+        tokens = sum(share.tokens for share in chosen.shares)
+        begun = time.monotonic()
+        with self.busy.counting(chosen.kind, tokens):
+            outcomes = self._carry_out(chosen)
+        seconds = time.monotonic() - begun
+        self._learn(chosen, seconds)
+        replies = [reply for job, came in outcomes.items() for reply in self._replies(job, came, seconds)]
+        self._agenda.answered((job for job in outcomes if job.kind == "decode"), begun + seconds)
+        return replies
+
+    def _job(self, work: Work) -> Job:
+        """Where a request belongs on the agenda."""
+        silo, header = work.silo, work.header
+        if isinstance(header, OpenSession | Extend | CloseSession):
+            flow: tuple[object, ...] = (silo, "session", header.session)
+        elif isinstance(header, Request):
+            flow = (silo, "run", header.run)
+        else:
+            return Job(silo, "alone")
+        if work.trouble is None:
+            match header:
+                case Extend():
+                    kind: Kind = "decode" if max(header.lengths) == 1 else "prefill"
+                    whole = kind == "decode" or work.mask is not None
+                    return Job(silo, kind, flow, flow, sum(header.lengths), whole)
+                case Forward():
+                    return Job(silo, "forward", flow, (*flow, header.microbatch), sum(header.lengths))
+                case Backward():
+                    unit = (*flow, header.microbatch)
+                    tokens = len(work.tensors[0])
+                    group = self.activations.group((silo, header.run, header.microbatch))
+                    due = work.arrived + self._forward_s
+                    return Job(silo, "backward", flow, unit, tokens, group=group, due=due)
+        return Job(silo, "alone", flow)
+
+    def _learn(self, chosen: Pass, seconds: float) -> None:
+        """How much of a prompt a decode pass can bear, and how long micro-batches wait for each other."""
+        if chosen.kind == "forward":
+            self._forward_s = seconds
+        if chosen.kind not in ("decode", "prefill"):
+            return
+        prompts = sum(share.tokens for share in chosen.shares if share.job.kind == "prefill")
+        steps = self._decode_s if chosen.kind == "decode" else 0.0
+        if not prompts:
+            self._decode_s = seconds
+        elif prompts >= _LEAST_CHUNK:
+            stall = max(_STALL_S, self._decode_s)
+            bearable = int(stall * prompts / max(seconds - steps, 1e-3))
+            self._chunk = max(_LEAST_CHUNK, min(MAX_PASS_TOKENS, bearable))
+
+    def _carry_out(self, chosen: Pass) -> dict[Job, Outcome]:
+        match chosen.kind:
+            case "alone":
+                (job,) = (share.job for share in chosen.shares)
+                return {job: self._attempt(job, lambda: self._alone(self._works[job]))}
+            case "forward":
+                return self._together(chosen, self._micro_batch, self.activations.forward)
+            case "backward":
+                return self._together(chosen, self._gradient, self.activations.backward)
+        return self._together(chosen, self._part, self._extend)
+
+    def _together(
+        self,
+        chosen: Pass,
+        prepare: Callable[[Share], T],
+        compute: Callable[[list[T]], Sequence[Tensor | None]],
+    ) -> dict[Job, Outcome]:
+        """Prepare each share, each with its own errors, and compute all of them in one pass."""
+        outcomes: dict[Job, Outcome] = {}
+        ready: dict[Job, T] = {}
+        for share in chosen.shares:
+            prepared = self._attempt(share.job, partial(prepare, share))
+            if isinstance(prepared, TrunklineError):
+                outcomes[share.job] = prepared
             else:
-                answers += self._guarded(chosen[0], self._carry_out)
-        return answers
+                ready[share.job] = prepared
+        if ready:
+            results = self._attempt(next(iter(ready)), lambda: compute(list(ready.values())))
+            if isinstance(results, TrunklineError):
+                outcomes.update(dict.fromkeys(ready, results))
+            else:
+                outcomes.update(zip(ready, results, strict=True))
+        return outcomes
 
-    def _waiting(self, parcel: Parcel) -> Waiting:
-        header, silo = parcel.header, parcel.peer
-        if not isinstance(header, Extend) or header.mask is not None:
-            return Waiting(silo)
-        session = self._sessions.get((silo, header.session))
-        if session is None:
-            return Waiting(silo)
-        return Waiting(silo, session.place, (silo, header.session), sum(header.lengths))
-
-    def _guarded(self, parcel: Parcel, work: Callable[[Parcel], list[Parcel]]) -> list[Parcel]:
-        """What `work` answers, or the error it raised as an answer."""
-        header = parcel.header
+    def _attempt(self, job: Job, work: Callable[[], T]) -> T | TrunklineError:
+        """What `work` returns, or the error that it raised."""
         try:
-            return work(parcel)
+            return work()
         except TrunklineError as error:
-            return [error_parcel(header.id, error).to(parcel.peer)]
+            return error
         except Exception as error:
-            self._log.failed("request failed", kind=type(header).__name__)
-            trouble = TrunklineError(
-                f"the worker failed: {type(error).__name__}: {error}", side="worker", hint="See its log."
-            )
-            return [error_parcel(header.id, trouble).to(parcel.peer)]
+            self._log.failed("request failed", kind=job.kind)
+            return unexpected(error)
 
-    def _carry_out(self, parcel: Parcel) -> list[Parcel]:
-        header = parcel.header
-        if isinstance(header, Gone):
-            return [encoded(reply) for reply in self._gone(parcel.peer, header)]
-        if not isinstance(header, Request):
-            return []
-        tensors, mask = self._opened_up(header, parcel)
-        return [encoded(reply) for reply in self._dispatch(parcel.peer, header, tensors, mask)]
+    def _replies(self, job: Job, came: Outcome, seconds: float) -> list[Reply]:
+        """What a job's outcome is told as, and to whom; nothing yet for a prompt that goes on."""
+        work, extension = self._works[job], self._extensions.get(job)
+        request = work.header
+        if extension is not None:
+            extension.seconds += seconds
+            seconds = extension.seconds
+            if came is None:
+                return []
+        self._agenda.drop(job)
+        del self._works[job]
+        self.answered_bytes += work.bytes
+        if (ended := self._extensions.pop(job, None)) is not None:
+            ended.ended()
+        if isinstance(came, TrunklineError):
+            return [Reply(work.silo, error_header(request.id, came))]
+        if isinstance(came, list):
+            return came
+        assert isinstance(request, Extend | Forward | Backward)
+        tensors = [] if came is None else [came]
+        header = Result(id=request.id, seconds=seconds)
+        return [Reply(work.silo, header, tensors, request.wire, isinstance(request, Backward))]
 
-    def _opened_up(self, header: Request, parcel: Parcel) -> tuple[list[Tensor], Tensor | None]:
-        """The request's tensors and mask; the clock of its computation starts."""
-        frames = parcel.buffers()
-        mask = _mask(header, frames)
-        tensors = decode_tensors(
-            header.tensors, frames, boundary=f"silo's {kind_of(header)}", device=self._span.device
-        )
-        self._begun = time.monotonic()
-        return tensors, mask
+    def _part(self, share: Share) -> tuple[Extension, Part]:
+        extension = self._extensions.get(share.job)
+        if extension is None:
+            work = self._works[share.job]
+            request = cast("Extend", work.header)
+            session = self.holdings.session(work.silo, request.session)
+            extension = self._extensions[share.job] = Extension(session, request, work.tensors[0], work.mask)
+        return extension, extension.part(share.tokens)
 
-    def _extend(self, parcels: Sequence[Parcel]) -> list[Parcel]:
-        """Extend several sessions in as few passes as their places allow; each has its own errors."""
-        answers: list[Parcel] = []
-        ready: dict[object, list[tuple[Parcel, Extension]]] = {}
+    @torch.no_grad()
+    def _extend(self, parts: list[tuple[Extension, Part]]) -> list[Tensor | None]:
+        outputs = self._span.run_parts([part for _, part in parts])
+        return [extension.came_out(output) for (extension, _), output in zip(parts, outputs, strict=True)]
 
-        def prepare(parcel: Parcel) -> list[Parcel]:
-            extension = self._extension(parcel)
-            # Asked again: since the passes were planned a session may have been opened anew.
-            ready.setdefault(extension.session.place, []).append((parcel, extension))
-            return []
+    def _micro_batch(self, share: Share) -> MicroBatch:
+        work = self._works[share.job]
+        request = cast("Forward", work.header)
+        run = self.holdings.run(work.silo, request.run)
+        run.ledger.check(work.silo)
+        key, entry = (work.silo, request.run, request.microbatch), work.tensors[0]
+        self.activations.check_room(key, entry)
+        return MicroBatch(key, run, entry, request.lengths, work.mask)
 
-        for parcel in parcels:
-            answers += self._guarded(parcel, prepare)
-        for group in ready.values():
-            self._begun = time.monotonic()
+    def _gradient(self, share: Share) -> Gradient:
+        work = self._works[share.job]
+        request = cast("Backward", work.header)
+        run = self.holdings.run(work.silo, request.run)
+        run.ledger.check(work.silo)
+        key = (work.silo, request.run, request.microbatch)
+        gradient = Gradient(key, work.tensors[0], request.wants_gradient)
+        self.activations.check(gradient)
+        return gradient
 
-            def together(_: Parcel, group: Sequence[tuple[Parcel, Extension]] = group) -> list[Parcel]:
-                results = extend_together(self._span, [extension for _, extension in group])
-                return [
-                    encoded(self._result(parcel.peer, cast("Extend", parcel.header), [result]))
-                    for (parcel, _), result in zip(group, results, strict=True)
-                ]
-
-            done = self._guarded(group[0][0], together)
-            answers += done
-            # One error answers for all that ran together.
-            answers += [readdressed(done[0], parcel) for parcel, _ in group[len(done) :]]
-        return answers
-
-    def _extension(self, parcel: Parcel) -> Extension:
-        request, silo = cast("Extend", parcel.header), parcel.peer
-        tensors, mask = self._opened_up(request, parcel)
-        session = self._session(silo, request.session)
-        packed = self._packed(tensors, sum(request.lengths))
-        return Extension(session, request.lengths, session.prepare(request), packed, mask)
-
-    def _dispatch(
-        self, silo: bytes, request: Request, tensors: list[Tensor], mask: Tensor | None
-    ) -> list[Reply]:
+    def _alone(self, work: Work) -> list[Reply]:
+        silo, request = work.silo, work.header
+        if work.trouble is not None:
+            raise work.trouble
         match request:
-            case Forward():
-                run = self._run(silo, request.run)
-                packed = self._packed(tensors, sum(request.lengths))
-                result = run.forward(silo, request, packed, mask)
-                return [self._result(silo, request, [result])]
-            case Backward():
-                run = self._run(silo, request.run)
-                gradient = run.backward(silo, request, self._packed(tensors, None))
-                return [self._result(silo, request, [] if gradient is None else [gradient])]
-            case Commit():
-                ends = _named(request.names, tensors)
-                answers = self._run(silo, request.run).commit(silo, request, ends)
-                return [Reply(member, header, summed) for member, (header, summed) in answers.items()]
-            case GetAdapter():
-                adapter = self._run(silo, request.run).adapter()
-                return [Reply(silo, Adapter(id=request.id, names=tuple(adapter)), list(adapter.values()))]
+            case Gone():
+                return self._gone(silo, request)
             case OpenSession():
-                return [self._open_session(silo, request, tensors)]
-            case OpenRun():
-                return [self._open_run(silo, request, tensors)]
+                self.holdings.open_session(silo, request, work.tensors)
+                return [Reply(silo, Opened(id=request.id))]
             case CloseSession():
-                self._session(silo, request.session).close()
-                del self._sessions[silo, request.session]
+                self.holdings.close_session(silo, request.session)
+            case OpenRun():
+                run = self.holdings.open_run(silo, request, work.tensors)
+                self._log.say("silo joined run", run=request.run, silos=len(run.ledger.members))
+                return [Reply(silo, Opened(id=request.id, step=run.ledger.step))]
+            case Commit():
+                return self._commit(silo, request, work.tensors)
+            case GetAdapter():
+                adapter = self.holdings.run(silo, request.run).adapter()
+                return [Reply(silo, Adapter(id=request.id, names=tuple(adapter)), list(adapter.values()))]
             case CloseRun():
-                self._run(silo, request.run)
+                self.holdings.run(silo, request.run)
                 waiting = self._leave_run(silo, request.run, None)
                 return [*waiting, Reply(silo, Done(id=request.id))]
         return [Reply(silo, Done(id=request.id))]
 
-    def _open_session(self, silo: bytes, request: OpenSession, tensors: list[Tensor]) -> Reply:
-        self._check_model(request)
-        if request.names and request.adapter is None:
-            raise ProtocolError("tensors came without the adapter they belong to")
-        before = self._sessions.get((silo, request.session))
-        held = sum(session.bytes for session in self._sessions.values() if session is not before)
-        wanted = session_bytes(self._span, request)
-        if held + wanted > self._kv_bytes:
-            raise LimitError(
-                f"the session needs {wanted >> 20} MiB of KV cache, {(self._kv_bytes - held) >> 20} are free",
-                hint="Ask for fewer rows or tokens, wait, or start the worker with more --kv-memory.",
-            )
-        adapter = _named(request.names, tensors)
-        session = TrunkSession(self._span, f"a{next(self._keys)}", request, adapter)
-        if before is not None:
-            before.close()  # Opened again: from the start.
-        self._sessions[silo, request.session] = session
-        return Reply(silo, Opened(id=request.id))
+    def _asked(self) -> set[tuple[bytes, str]]:
+        """The sessions that requests wait for."""
+        works = self._works.values()
+        return {(work.silo, work.header.session) for work in works if isinstance(work.header, Extend)}
 
-    def _open_run(self, silo: bytes, request: OpenRun, tensors: list[Tensor]) -> Reply:
-        self._check_model(request)
-        blocks = partition.Span(request.start, request.stop)
-        initial = _named(request.names, tensors)
-        run = self._runs.get(request.run)
-        if run is None:
-            run = TrunkRun(self._span, f"a{next(self._keys)}", request.plan, blocks, initial)
-            self._runs[request.run] = run
-        run.join(silo, request.plan, blocks, initial)
-        self._log.say("silo joined run", run=request.run, silos=len(run.ledger.members))
-        return Reply(silo, Opened(id=request.id, step=run.ledger.step))
-
-    def _check_model(self, request: OpenSession | OpenRun) -> None:
-        if why := self._card.differs_from(request.model):
-            raise MismatchError(
-                f"silo and worker hold different models: {why}", hint="Give both the same --model."
-            )
-        blocks = partition.Span(request.start, request.stop)
-        if not self._span.blocks.contains(blocks):
-            raise MismatchError(f"this worker hosts blocks {self._span.blocks}", side="worker")
-        if not len(blocks):
-            raise ProtocolError(f"a trunk {blocks} has no blocks")
-
-    def _session(self, silo: bytes, name: str) -> TrunkSession:
-        session = self._sessions.get((silo, name))
-        if session is None:
-            raise UnknownNameError(f"you have no session {name!r} open")
-        return session
-
-    def _run(self, silo: bytes, name: str) -> TrunkRun:
-        run = self._runs.get(name)
-        if run is None or silo not in run.ledger.members:
-            raise UnknownNameError(f"you have no run {name!r} open")
-        return run
-
-    def _packed(self, tensors: list[Tensor], tokens: int | None) -> Tensor:
-        hidden = self._card.hidden
-        if len(tensors) != 1 or tensors[0].dim() != 2 or tensors[0].shape[1] != hidden:
-            raise MismatchError(f"one tensor [tokens, {hidden}] is expected")
-        if tokens is not None and tensors[0].shape[0] != tokens:
-            raise MismatchError(f"the lengths sum to {tokens}, the tensor holds {tensors[0].shape[0]} tokens")
-        return tensors[0]
-
-    def _result(self, silo: bytes, request: Extend | Forward | Backward, tensors: list[Tensor]) -> Reply:
-        header = Result(id=request.id, seconds=time.monotonic() - self._begun)
-        return Reply(silo, header, tensors, request.wire, isinstance(request, Backward))
+    def _commit(self, silo: bytes, request: Commit, tensors: list[Tensor]) -> list[Reply]:
+        run = self.holdings.run(silo, request.run)
+        answers = run.commit(silo, request, named(request.names, tensors))
+        if answers:
+            self.activations.drop_all(request.run)  # What was left of the step is void.
+        return [Reply(member, header, summed) for member, (header, summed) in answers.items()]
 
     def _leave_run(self, silo: bytes, name: str, gone: str | None) -> list[Reply]:
-        run = self._runs[name]
+        run = self.holdings.runs[name]
+        self.activations.drop_all(name, silo)
         vain = run.leave(silo, gone)
         replies = []
         for member, commit in vain.items():
@@ -259,37 +300,14 @@ class TrunkService:
             except TrunklineError as error:
                 replies.append(Reply(member, error_header(commit.id, error)))
         if not run.ledger.members:
-            self._runs.pop(name).close()
+            self.activations.forget(run)
+            self.holdings.close_run(name)
         return replies
 
     def _gone(self, silo: bytes, header: Gone) -> list[Reply]:
         """Free what a silo held, or what all of them held if the peer frame names none."""
         self._log.say("silo gone", silo=header.name)
-        for key in [key for key in self._sessions if silo in (key[0], b"")]:
-            self._sessions.pop(key).close()
-        joined = [(n, m) for n, run in self._runs.items() for m in run.ledger.members if silo in (m, b"")]
-        return [reply for name, member in joined for reply in self._leave_run(member, name, header.name)]
-
-
-def _mask(request: Request, frames: list[memoryview]) -> Tensor | None:
-    """The request's mask, bool `[T, T]`, if it has one; its frame, the last, is taken off `frames`.
-
-    Raises `MismatchError` and `FrameError`.
-    """
-    if not isinstance(request, Extend | Forward) or request.mask is None:
-        return None
-    tokens, spec = sum(request.lengths), request.mask
-    if (spec.queries, spec.keys) != (tokens, tokens):
-        raise MismatchError(f"a mask of {spec.queries} by {spec.keys} for {tokens} tokens")
-    if not frames:
-        raise FrameError("a mask is declared, and no frame follows")
-    mask = torch.from_numpy(decode_mask(spec, frames.pop()))
-    if not bool(mask.diagonal().all()):
-        raise MismatchError("a mask in which a token does not see itself")
-    return mask
-
-
-def _named(names: tuple[str, ...], tensors: list[Tensor]) -> dict[str, Tensor]:
-    if len(set(names)) != len(tensors) or len(names) != len(tensors):
-        raise ProtocolError(f"{len(tensors)} tensors came with {len(names)} names")
-    return dict(zip(names, tensors, strict=True))
+        sessions, joined = self.holdings.held_by(silo)
+        for key in sessions:
+            self.holdings.close_session(*key)
+        return [reply for member, name in joined for reply in self._leave_run(member, name, header.name)]

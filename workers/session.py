@@ -1,7 +1,7 @@
 """A session on its worker: one generation's KV caches over the trunk."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -9,34 +9,52 @@ from torch import Tensor
 from codec import partition
 from codec.errors import LimitError, ProtocolError
 from codec.messages import Extend, OpenSession
-from workers.kv import RowCache
-from workers.lora import add_adapter, drop_adapter, load_adapter, use_adapter
+from workers.kv import PAGE, KVMemory, RowCache
+from workers.lora import add_adapter, drop_adapter, load_adapter
+from workers.parts import Part
 from workers.span import Span
 
 
 class TrunkSession:
     """KV caches of a session's rows, and the adapter its silo brought, if any."""
 
-    def __init__(self, span: Span, key: str, opening: OpenSession, adapter: Mapping[str, Tensor]) -> None:
-        """Reserve the caches. Raises `MismatchError` if the adapter does not fit the trunk."""
-        self._span = span
-        self._key = key if opening.adapter else None
-        self._blocks = partition.Span(opening.start, opening.stop)
-        shape = span.kv_shape(self._blocks)
-        self._rows = [RowCache(shape, opening.capacity) for _ in range(opening.rows)]
-        self.bytes = session_bytes(span, opening)
-        if opening.adapter is not None:
-            add_adapter(span, key, opening.adapter, seed=0, blocks=self._blocks)
-            try:
+    def __init__(
+        self,
+        span: Span,
+        key: str,
+        opening: OpenSession,
+        adapter: Mapping[str, Tensor],
+        memory: KVMemory,
+        now: float,
+    ) -> None:
+        """Take caches from `memory`: all that the session may need, or a first page of each row if its
+        silo can send everything again.
+
+        Raises `LimitError` if they cannot be had, and `MismatchError` if the adapter does not fit.
+        """
+        self._span, self.replays, self.used = span, opening.replays, now
+        self.running = False
+        """Whether an extension is under way."""
+        self.key = key if opening.adapter else None
+        self.blocks = partition.Span(opening.start, opening.stop)
+        shape = span.kv_shape(self.blocks)
+        first = min(PAGE, opening.capacity) if self.replays else opening.capacity
+        memory.ensure(shape.bytes_for(opening.rows * first))
+        self._rows = [RowCache(shape, opening.capacity, memory) for _ in range(opening.rows)]
+        try:
+            for row in self._rows:
+                row.check_room(first)
+            if opening.adapter is not None:
+                add_adapter(span, key, opening.adapter, seed=0, blocks=self.blocks)
                 load_adapter(span, key, adapter)
-            except Exception:
-                drop_adapter(span, key)
-                raise
+        except Exception:
+            self.close()
+            raise
 
     @property
-    def place(self) -> tuple[str | None, partition.Span]:
-        """What sessions must have in common to run together: the adapter and the blocks."""
-        return self._key, self._blocks
+    def bytes(self) -> int:
+        """What its caches take."""
+        return sum(row.bytes for row in self._rows)
 
     def prepare(self, request: Extend) -> list[RowCache]:
         """Roll the request's rows back to where it starts; their caches.
@@ -62,42 +80,58 @@ class TrunkSession:
         return caches
 
     def close(self) -> None:
-        """Free the adapter; the caches go with the session."""
-        if self._key is not None:
-            drop_adapter(self._span, self._key)
+        """Free caches and adapter."""
+        for row in self._rows:
+            row.free()
+        if self.key is not None:
+            drop_adapter(self._span, self.key)
 
 
-@dataclass(frozen=True, slots=True)
 class Extension:
-    """New tokens for rows of one session: hidden states `packed` `[T, hidden]` and their caches."""
+    """New tokens for rows of one session, run in one pass or, cut into parts, in several."""
 
-    session: TrunkSession
-    lengths: tuple[int, ...]
-    caches: list[RowCache]
-    packed: Tensor
-    mask: Tensor | None = None
+    def __init__(
+        self, session: TrunkSession, request: Extend, packed: Tensor, mask: Tensor | None = None
+    ) -> None:
+        """`packed` `[T, hidden]`. Raises what `TrunkSession.prepare` raises."""
+        self._session, self._packed, self._mask = session, packed, mask
+        session.running = True  # Growing may make others leave, and must not make it leave itself.
+        try:
+            self._left = list(zip(session.prepare(request), request.lengths, strict=True))
+        except Exception:
+            session.running = False
+            raise
+        self._outputs: list[Tensor] = []
+        self._done = 0
+        self.seconds = 0.0
+        """What the passes took in which it was."""
 
+    def part(self, tokens: int) -> Part:
+        """The next `tokens` tokens. A masked extension cannot be cut."""
+        taken: list[tuple[RowCache, int]] = []
+        begin, self._done = self._done, self._done + tokens
+        while tokens:
+            cache, length = self._left.pop(0)
+            taken.append((cache, min(length, tokens)))
+            if length > tokens:
+                self._left.insert(0, (cache, length - tokens))
+            tokens -= taken[-1][1]
+        return Part(
+            self._packed[begin : self._done],
+            tuple(length for _, length in taken),
+            blocks=self._session.blocks,
+            adapter=self._session.key,
+            caches=[cache for cache, _ in taken],
+            mask=self._mask,
+        )
 
-@torch.no_grad()
-def extend_together(span: Span, extensions: Sequence[Extension]) -> list[Tensor]:
-    """Run the new tokens of several sessions of one `place` in one pass; each one's `[T, hidden]`.
+    def came_out(self, output: Tensor) -> Tensor | None:
+        """A part's output; that of all tokens, `[T, hidden]`, once it is complete."""
+        self._outputs.append(output)
+        if self._left:
+            return None
+        return output if len(self._outputs) == 1 else torch.cat(self._outputs)
 
-    A masked one runs alone.
-    """
-    key, blocks = extensions[0].session.place
-    use_adapter(span, key)
-    packed = [extension.packed.to(span.device, span.dtype) for extension in extensions]
-    output = span.run(
-        packed[0] if len(packed) == 1 else torch.cat(packed),
-        [length for extension in extensions for length in extension.lengths],
-        caches=[cache for extension in extensions for cache in extension.caches],
-        blocks=blocks,
-        mask=extensions[0].mask,
-    )
-    return list(output.split([len(part) for part in packed]))
-
-
-def session_bytes(span: Span, opening: OpenSession) -> int:
-    """Bytes of KV cache a session reserves."""
-    blocks = partition.Span(opening.start, opening.stop)
-    return span.kv_shape(blocks).bytes_for(opening.rows * opening.capacity)
+    def ended(self) -> None:
+        """It is complete, or failed."""
+        self._session.running, self._session.used = False, time.monotonic()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codec.errors import LimitError
-from workers.kv import KVShape, RowCache
+from workers.kv import PAGE, KVMemory, KVShape, RowCache
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(layers=3, groups=2, dim=4, dtype=torch.float32, device=CPU)
@@ -22,6 +22,7 @@ def values(tokens: int, seed: int = 0) -> Tensor:
 def test_bytes_for_is_what_a_row_takes(dtype: torch.dtype, capacity: int) -> None:
     shape = KVShape(layers=3, groups=2, dim=4, dtype=dtype, device=CPU)
     row = RowCache(shape, capacity)
+    row.check_room(capacity)
     keys, held = row.append(0, values(capacity).to(dtype), values(capacity).to(dtype))
     taken = keys.untyped_storage().nbytes() + held.untyped_storage().nbytes()
     assert shape.bytes_for(capacity) == taken == 2 * 3 * 2 * 4 * capacity * dtype.itemsize
@@ -29,6 +30,7 @@ def test_bytes_for_is_what_a_row_takes(dtype: torch.dtype, capacity: int) -> Non
 
 def test_the_new_tokens_follow_the_old_in_each_block() -> None:
     row = RowCache(SHAPE, 7)
+    row.check_room(7)
     written = [[(values(n, 10 * b + n), values(n, 99 + b)) for n in (4, 1, 2)] for b in range(3)]
     for step, new in enumerate((4, 1, 2)):
         for block in range(3):
@@ -42,6 +44,7 @@ def test_the_new_tokens_follow_the_old_in_each_block() -> None:
 
 def test_until_advance_a_pass_can_be_repeated() -> None:
     row = RowCache(SHAPE, 4)
+    row.check_room(4)
     row.append(0, values(2, 1), values(2, 2))
     row.advance(2)
     row.append(0, values(2, 3), values(2, 4))
@@ -53,6 +56,7 @@ def test_until_advance_a_pass_can_be_repeated() -> None:
 
 def test_rewind_forgets_and_never_invents() -> None:
     row = RowCache(SHAPE, 6)
+    row.check_room(6)
     row.append(0, values(5, 1), values(5, 2))
     row.advance(5)
     row.rewind(5)
@@ -69,6 +73,7 @@ def test_rewind_forgets_and_never_invents() -> None:
 @pytest.mark.parametrize("held", [0, 3, 5])
 def test_check_room_refuses_the_first_token_too_many(held: int) -> None:
     row = RowCache(SHAPE, 5)
+    row.check_room(held)
     row.advance(held)
     row.check_room(5 - held)
     with pytest.raises(LimitError, match="6 tokens do not fit a session row of 5") as caught:
@@ -87,7 +92,86 @@ def test_a_row_holds_what_a_list_would(steps: list[tuple[int, int]], seed: int) 
         start = max(0, row.length - back)
         row.rewind(start)
         kept = torch.cat([kept[:, :, :start], values(new, seed + index)], 2)
+        row.check_room(new)
         key, value = row.append(1, values(new, seed + index), -values(new, seed + index))
         row.advance(new)
         assert torch.equal(key, kept)
         assert torch.equal(value, -kept)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=20))
+def test_a_row_takes_pages_as_it_grows_and_keeps_what_it_held(steps: list[int]) -> None:
+    capacity = sum(steps)
+    memory = KVMemory(SHAPE.bytes_for(capacity))
+    row, kept = RowCache(SHAPE, capacity, memory), values(0)
+    assert memory.held == 0
+    for seed, new in enumerate(steps):
+        row.check_room(new)
+        kept = torch.cat([kept, values(new, seed)], 2)
+        key, _ = row.append(2, values(new, seed), values(new, seed))
+        row.advance(new)
+        assert torch.equal(key, kept)
+        assert memory.held == row.bytes
+        assert row.bytes <= SHAPE.bytes_for(min(capacity, int(1.5 * row.length) + PAGE))
+    row.free()
+    assert memory.held == 0
+
+
+def test_rows_share_one_budget_and_the_last_tokens_fit() -> None:
+    memory = KVMemory(SHAPE.bytes_for(2 * PAGE))
+    first, second = RowCache(SHAPE, 1000, memory), RowCache(SHAPE, 1000, memory)
+    first.check_room(PAGE + 1)  # It would have two pages, and second none.
+    first.advance(PAGE + 1)
+    with pytest.raises(LimitError, match="KV cache are needed") as caught:
+        second.check_room(1)
+    assert caught.value.at == "worker"
+    assert "--kv-memory" in caught.value.hint
+    first.free()
+    second.check_room(PAGE)
+    second.advance(PAGE)
+    first.check_room(1)
+    first.free()
+    second.check_room(1)  # Half as much again does not fit, one token does.
+    memory.held = memory.budget
+    asked: list[int] = []
+    memory.make_room = asked.append
+    with pytest.raises(LimitError):
+        first.check_room(1)
+    assert asked == [SHAPE.bytes_for(1)], "nobody makes room for more than is needed"
+
+
+def test_a_row_that_is_set_back_after_it_grew_holds_what_it_held() -> None:
+    row, held = RowCache(SHAPE, 1000), values(60, 1)
+    row.check_room(60)
+    row.append(0, held, -held)
+    row.advance(60)
+    row.rewind(0)
+    row.check_room(100)
+    row.length = 60
+    row.check_room(1)
+    key, value = row.append(0, values(1, 2), values(1, 3))
+    assert torch.equal(key[:, :, :60], held)
+    assert torch.equal(value[:, :, :60], -held)
+
+
+def test_memory_that_the_system_refuses_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = KVMemory(1 << 30)
+    row = RowCache(SHAPE, 1000, memory)
+    row.check_room(10)
+    before, new = memory.held, RowCache._new
+
+    def refuse(self: RowCache, tokens: int) -> Tensor:
+        if refuse.calls:  # type: ignore[attr-defined]
+            raise RuntimeError("out of memory")
+        refuse.calls = True  # type: ignore[attr-defined]
+        return new(self, tokens)
+
+    refuse.calls = False  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(RowCache, "_new", refuse)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            row.check_room(500)
+    assert memory.held == before == row.bytes
+    row.check_room(500)
+    row.free()
+    assert memory.held == 0

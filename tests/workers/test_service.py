@@ -71,8 +71,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
 class Office:
     """A service, and silos that ask it by name."""
 
-    def __init__(self, worker: Worker, kv_bytes: int) -> None:
-        self.worker = worker
+    def __init__(self, worker: Worker, kv_bytes: int, handle: Any) -> None:
+        self.worker, self.handle = worker, handle
         self.service = TrunkService(worker.span, worker.card, kv_bytes)
         self._ids = count(1)
 
@@ -83,7 +83,7 @@ class Office:
         else:
             specs, frames = tuple(s for s, _ in tensors), [f for _, f in tensors]
         numbered = msgspec.structs.replace(header, id=next(self._ids), tensors=specs)
-        return self.service.handle([Parcel.of(numbered, frames, silo)])
+        return self.handle(self.service, [Parcel.of(numbered, frames, silo)])
 
     def ask(self, silo: bytes, header: Any, tensors: Sequence[Any] = ()) -> Any:
         """The one answer, which is the asker's; with `tensors` where it has some."""
@@ -112,19 +112,19 @@ class Office:
         return OpenRun(**{**common, "plan": PLAN, **fields})
 
     def gone(self, silo: bytes) -> list[Parcel]:
-        return self.service.handle([Parcel.of(Gone(name=silo.decode().strip(".")), peer=silo)])
+        return self.handle(self.service, [Parcel.of(Gone(name=silo.decode().strip(".")), peer=silo)])
 
     def lora_tensors(self) -> list[str]:
         return [name for name, _ in self.worker.span.model.named_parameters() if "lora" in name]
 
 
 @pytest.fixture
-def new_office(worker: Worker) -> Iterator[Callable[[int], Office]]:
+def new_office(worker: Worker, handle: Any) -> Iterator[Callable[[int], Office]]:
     """`new_office(kv_bytes)`: nothing of any silo may remain in the span once all are gone."""
     made: list[Office] = []
 
     def make(kv_bytes: int = 1 << 20) -> Office:
-        made.append(Office(worker, kv_bytes))
+        made.append(Office(worker, kv_bytes, handle))
         return made[-1]
 
     yield make
@@ -227,7 +227,7 @@ BAD: dict[str, tuple[Any, Sequence[Any], str, str, str]] = {
 
 def undisturbed(office: Office, silo: bytes) -> None:
     """The silo's session continues where it stood, and its run goes on."""
-    alone = Office(office.worker, 1 << 20)
+    alone = Office(office.worker, 1 << 20, office.handle)
     alone.open_session(EAST)
     alone.compute(EAST, extend([0], [0], [3]), [hidden(3)])
     expected = alone.compute(EAST, extend([0, 1], [3, 0], [1, 2]), [hidden(3, seed=5)])
@@ -457,9 +457,9 @@ def test_sessions_that_come_and_go_do_not_disturb_a_backward(busy: Office) -> No
             busy.compute(EAST, extend([0], [0], [2], "n"), [hidden(2)])
             assert isinstance(busy.ask(EAST, CloseSession(session="n")), Done)
         gradient = busy.compute(NORTH, Backward(run="r", microbatch=0), [torch.ones_like(out)])
-        run = busy.service._runs["r"]
-        grads = {name: p.grad.clone() for name, p in run._parameters.items() if p.grad is not None}
-        for parameter in run._parameters.values():
+        run = busy.service.holdings.runs["r"]
+        grads = {name: p.grad.clone() for name, p in run.parameters.items() if p.grad is not None}
+        for parameter in run.parameters.values():
             parameter.grad = None
         return gradient, grads
 
@@ -559,7 +559,7 @@ def test_a_defect_is_an_answer_too(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Span, "run", broken)
+        patch.setattr(Span, "run_parts", broken)
         error = busy.ask(NORTH, extend([1], [0], [1]), [hidden(1)])
     assert (error.code, error.side) == ("error", "worker")
     assert "RuntimeError: out of memory" in error.what
@@ -571,7 +571,7 @@ def test_a_defect_is_an_answer_too(
 
 def test_what_is_no_request_is_not_answered(busy: Office) -> None:
     for header in (Heartbeat(), Result(id=1), Opened(id=1), Error(id=1, code="x", what="y", side="broker")):
-        assert busy.service.handle([Parcel.of(header, peer=NORTH)]) == []
+        assert busy.handle(busy.service, [Parcel.of(header, peer=NORTH)]) == []
 
 
 def test_a_silo_that_is_gone_leaves_nothing(new_office: Callable[..., Office]) -> None:
@@ -590,8 +590,8 @@ def test_a_silo_that_is_gone_leaves_nothing(new_office: Callable[..., Office]) -
     expected = office.compute(SOUTH, extend([0], [0], [2]), [hidden(2)])
     assert office.gone(NORTH) == []
     assert len(office.lora_tensors()) == per_adapter, "south's alone"
-    assert list(office.service._runs) == []
-    assert list(office.service._sessions) == [(SOUTH, "s")]
+    assert list(office.service.holdings.runs) == []
+    assert list(office.service.holdings._sessions) == [(SOUTH, "s")]
     assert torch.equal(office.compute(SOUTH, extend([0], [0], [2]), [hidden(2)]), expected)
     assert isinstance(office.open_session(EAST), Opened), "north's KV memory is free again"
     for request in (extend([0], [0], [1]), forward(0, 1, run="another")):
@@ -640,8 +640,8 @@ def test_after_its_last_step_a_run_is_closed_one_by_one(office: Office) -> None:
 def test_a_broker_that_forgot_everyone_frees_everything(busy: Office) -> None:
     """The link says so with an empty peer frame."""
     busy.tell(NORTH, commit())
-    busy.service.handle([Parcel.of(Gone(name="every silo"))])
-    assert (busy.service._sessions, busy.service._runs) == ({}, {})
+    busy.handle(busy.service, [Parcel.of(Gone(name="every silo"))])
+    assert (busy.service.holdings._sessions, busy.service.holdings.runs) == ({}, {})
     assert busy.lora_tensors() == []
     assert isinstance(busy.open_session(NORTH), Opened)
 

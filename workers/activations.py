@@ -1,0 +1,201 @@
+"""Micro-batches between forward and backward, and the memory that their activations may take.
+
+Micro-batches that went forward together share one graph of activations, and go backward together.
+One whose graph is gone, because memory was short or because the others of its group were too late,
+is computed forward again from its input: LoRA has no dropout here, so the result is the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from codec.errors import LimitError, MismatchError, UnknownNameError
+from workers.parts import Part
+from workers.run import TrunkRun
+from workers.span import Span
+
+Key = tuple[bytes, str, int]
+"""Silo, run, and the micro-batch's number."""
+
+_ESTIMATE = 17
+"""Numbers that a block's graph keeps for each token and channel, before anything was measured: 34 bytes at
+two bytes a number, attention scores left out (Korthikanti et al., arXiv 2205.05198, section 4)."""
+_MAX_KEPT = 256
+"""Micro-batches of one silo between forward and backward."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """Packed hidden states `[T, hidden]` at the trunk's input, and the run that they are for."""
+
+    key: Key
+    run: TrunkRun
+    entry: Tensor
+    lengths: tuple[int, ...]
+    mask: Tensor | None = None
+
+    def part(self) -> Part:
+        """What it brings to a pass."""
+        return Part(self.entry, self.lengths, blocks=self.run.blocks, adapter=self.run.key, mask=self.mask)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradient:
+    """The gradient `[T, hidden]` at a micro-batch's output; `wanted` if the one at its input is."""
+
+    key: Key
+    values: Tensor
+    wanted: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    batch: MicroBatch
+    group: int
+    bytes: int
+    output: Tensor | None
+    """With its graph; None if it is to be computed again."""
+
+
+class Activations:
+    """Everything that waits for a backward, within `budget` bytes."""
+
+    def __init__(self, span: Span, budget: int) -> None:
+        self._span, self._budget = span, budget
+        self._kept: dict[Key, _Kept] = {}
+        self._spent: list[MicroBatch] = []
+        self._groups = count()
+        self._per_block: dict[str, float] = {}
+        self.members: dict[int, int] = {}
+        """How many micro-batches of each group wait."""
+        self.held = 0
+        """Bytes that they hold: inputs and graphs."""
+
+    def forward(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Run micro-batches in one pass and keep them for `backward`; each one's `[T, hidden]`."""
+        for batch in batches:
+            self.drop(batch.key)  # Sent again: from the start.
+        entries = sum(batch.entry.nbytes for batch in batches)
+        keeps = self.held + entries + sum(map(self._graph_bytes, batches)) <= self._budget
+        with torch.set_grad_enabled(keeps):
+            outputs = self._run(batches, measure=keeps)
+        group = next(self._groups)
+        self.members[group] = len(batches)
+        for batch, output in zip(batches, outputs, strict=True):
+            size = batch.entry.nbytes + (self._graph_bytes(batch) if keeps else 0)
+            self._kept[batch.key] = _Kept(batch, group, size, output if keeps else None)
+            self.held += size
+        return [output.detach() for output in outputs]
+
+    def check_room(self, key: Key, entry: Tensor) -> None:
+        """Raises `LimitError` if not even a micro-batch's input could be kept."""
+        before = self._kept.get(key)  # Sent again, it makes room for itself.
+        if self.held - (before.bytes if before else 0) + entry.nbytes > self._budget:
+            raise LimitError(
+                f"micro-batches that wait for their backward hold {self.held >> 20} MiB",
+                hint="Lower --window or --batch, or start the worker with more --activation-memory.",
+            )
+        if before is None and sum(other[0] == key[0] for other in self._kept) >= _MAX_KEPT:
+            raise LimitError(f"{_MAX_KEPT} micro-batches wait for their backward", side="silo")
+
+    def group(self, key: Key) -> int | None:
+        """Which micro-batches it went forward with; None if it does not wait."""
+        kept = self._kept.get(key)
+        return None if kept is None else kept.group
+
+    def check(self, gradient: Gradient) -> None:
+        """Raises `UnknownNameError` or `MismatchError` unless a micro-batch waits for this."""
+        kept = self._kept.get(gradient.key)
+        if kept is None:
+            raise UnknownNameError(f"no micro-batch {gradient.key[2]} of yours waits for its backward")
+        came, sent = tuple(gradient.values.shape), tuple(kept.batch.entry.shape)
+        if came != sent:
+            raise MismatchError(f"a gradient {came} for an output {sent}")
+
+    def backward(self, gradients: Sequence[Gradient]) -> list[Tensor | None]:
+        """Accumulate adapters' gradients of one group, or some of it.
+
+        Returns those at the inputs, `[T, hidden]`, where they are wanted.
+        """
+        kept = [self._kept[gradient.key] for gradient in gradients]
+        (group, *others) = {one.group for one in kept}
+        whole = not others and len(kept) == self.members[group]
+        for gradient in gradients:
+            self.drop(gradient.key, alone=not whole)
+        batches = [one.batch for one in kept]
+        outputs = [one.output for one in kept if one.output is not None]
+        if not whole or len(outputs) != len(kept):
+            outputs = self._run(batches, measure=False)
+        inputs = {g.key: batch.entry for g, batch in zip(gradients, batches, strict=True) if g.wanted}
+        parameters = {p: None for batch in batches for p in batch.run.parameters.values()}
+        if inputs or parameters:
+            roots = [g.values.to(output) for g, output in zip(gradients, outputs, strict=True)]
+            torch.autograd.backward(outputs, roots, inputs=[*inputs.values(), *parameters])
+        # A GPU may not be done with them before the pass has ended.
+        self._spent = batches
+        return [batch.entry.grad for batch in batches]
+
+    def drop(self, key: Key, *, alone: bool = True) -> None:
+        """Forget a micro-batch. Gone `alone`, it leaves the rest of its group to be computed again.
+
+        Their graph is one: it would have to be walked as a whole for each of them.
+        """
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            return
+        self.held -= kept.bytes
+        self.members[kept.group] -= 1
+        if not self.members[kept.group]:
+            del self.members[kept.group]
+        elif alone:
+            for other in self._kept.values():
+                if other.group == kept.group and other.output is not None:
+                    self.held -= other.bytes - other.batch.entry.nbytes
+                    other.bytes, other.output = other.batch.entry.nbytes, None
+
+    def forget(self, run: TrunkRun) -> None:
+        """A run is over."""
+        self._per_block.pop(run.key, None)
+
+    def drop_all(self, run: str, silo: bytes | None = None) -> None:
+        """Forget a run's micro-batches, or one silo's of it."""
+        for key in [key for key in self._kept if key[1] == run and silo in (None, key[0])]:
+            self.drop(key)
+
+    def _graph_bytes(self, batch: MicroBatch) -> int:
+        """What a micro-batch's graph takes: measured on its run, or else estimated."""
+        estimate = _ESTIMATE * batch.entry.shape[1] * batch.entry.dtype.itemsize
+        per_block = self._per_block.get(batch.run.key, max(self._per_block.values(), default=estimate))
+        return int(per_block * len(batch.run.blocks) * len(batch.entry))
+
+    def _run(self, batches: Sequence[MicroBatch], *, measure: bool) -> list[Tensor]:
+        for batch in batches:
+            batch.entry.requires_grad_()
+        parts = [batch.part() for batch in batches]
+        new = {batch.run.key for batch in batches} - self._per_block.keys()
+        if not measure or not new:
+            return self._span.run_parts(parts)
+        meter = _Meter(self._span)
+        with torch.autograd.graph.saved_tensors_hooks(meter.saved, lambda tensor: tensor):
+            outputs = self._span.run_parts(parts)
+        each = meter.bytes / sum(len(batch.entry) * len(batch.run.blocks) for batch in batches)
+        self._per_block.update(dict.fromkeys(new, each))
+        return outputs
+
+
+class _Meter:
+    """Bytes that a graph keeps besides the weights, each storage once."""
+
+    def __init__(self, span: Span) -> None:
+        self._seen = {p.untyped_storage().data_ptr() for p in span.model.parameters()}
+        self.bytes = 0
+
+    def saved(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor

@@ -1,0 +1,42 @@
+"""How long a worker has computed: what shows whether its trunk had to wait."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(slots=True)
+class Busy:
+    """Seconds of computation, and how much was done in them, since the worker started."""
+
+    device: torch.device
+    _done: float = 0.0
+    _since: float | None = None
+    passes: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Of all passes, the one under way included. May be read from another thread."""
+        done, since = self._done, self._since
+        return done if since is None else done + time.monotonic() - since
+
+    @contextmanager
+    def counting(self, kind: str, tokens: int) -> Iterator[None]:
+        """One pass of a kind. On a GPU it waits for the pass to end.
+
+        What comes next is chosen only then: chosen while a pass still runs, it would miss all that
+        is answered by that pass and comes back at once, and sessions would fall into halves.
+        """
+        self._since = begun = time.monotonic()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+        finally:
+            self._done, self._since = self._done + time.monotonic() - begun, None
+            self.passes[kind] = self.passes.get(kind, 0) + 1
+            self.tokens[kind] = self.tokens.get(kind, 0) + tokens
