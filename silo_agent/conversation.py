@@ -1,6 +1,6 @@
 """A conversation: turns that share one session row, so that earlier turns are not sent again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,7 +33,7 @@ class Conversation:
         turn = {"role": "user", "content": text}
         prompt = prompt_ids(self._tokenizer, [*self._messages, turn], answer_next=True)
         # The last token of the prompt is always run: its logits choose the first word.
-        known = min(_common(self._cached, prompt), len(prompt) - 1)
+        known = min(common_prefix(self._cached, prompt), len(prompt) - 1)
         self._cached = prompt[:known]
         (answer,) = generate(
             self._session,
@@ -50,5 +50,6 @@ class Conversation:
         return answer.text
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 if TYPE_CHECKING:
     from silo_agent.generation import Continuation
@@ -50,7 +52,8 @@ def step_display(kind: str, steps: int, name: str) -> Iterator[Callable[["StepRe
 def step_facts(report: Mapping[str, Any]) -> str:
     """A `StepReport`'s fields in one short line, whether they come from here or from another process."""
     speed = report["tokens"] / report["seconds"]
-    return f"loss {report['loss']:.3f}  {speed:.0f} tok/s  trunk busy {report['trunk_busy']:.0%}"
+    busy, window = f"trunk busy {report['trunk_busy']:.0%}", f"window {report['window']}"
+    return f"loss {report['loss']:.3f}  {speed:.0f} tok/s  {busy}  {window}"
 
 
 def stream(_: int, text: str) -> None:
@@ -66,6 +69,19 @@ def show_answers(prompts: Sequence[str], answers: Sequence["Continuation"]) -> N
         return
     for prompt, answer in zip(prompts, answers, strict=True):
         click.echo(f"> {prompt}\n{answer.text}\n")
+
+
+def show_scores(task: str, results: Mapping[str, Any]) -> None:
+    """The figures of an evaluation as a table of one row; shares of 1 as percentages."""
+    figures = {name: value for name, value in results.items() if isinstance(value, int | float)}
+    table = Table("task", *(name.replace("_", " ") for name in figures), box=SIMPLE_HEAD)
+    table.add_row(task, *(_figure(name, value) for name, value in figures.items()))
+    Console().print(table)
+
+
+def _figure(name: str, value: float) -> str:
+    digits = {"loss": ".4f", "perplexity": ".2f", "seconds": ".1f"}
+    return format(value, "d" if isinstance(value, int) else digits.get(name, ".1%"))
 
 
 def ask() -> str:

@@ -1,5 +1,6 @@
 """Generation: prompts in, text out as it comes, several prompts in one batch."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,12 +12,12 @@ from silo_agent.sampling import Sampler, Sampling
 from silo_agent.session import Session
 
 OnText = Callable[[int, str], None]
-"""Called with a row and the text that it just gained."""
+"""Called with a prompt's index and the text that was just added to it."""
 
 
 @dataclass(slots=True)
 class Continuation:
-    """One row's answer. `reason` is `stop` (end token or stop string) or `length`."""
+    """One prompt's answer. `reason` is `stop` (end token or stop string) or `length`."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -56,6 +57,48 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+class _Writing:
+    """A prompt that is being continued: what its row must run next, and what it has become."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        begin: int,
+        answer: Continuation,
+        text: _Text,
+        on_text: OnText | None,
+    ) -> None:
+        self._index, self._answer, self._text, self._on_text = index, answer, text, on_text
+        self.history = list(prompt)
+        self.begin = begin
+
+    @property
+    def fresh(self) -> list[int]:
+        """Tokens that the row does not hold yet, the first at position `begin`."""
+        return self.history[self.begin :]
+
+    def take(self, token: int, ends: frozenset[int], max_tokens: int) -> bool:
+        """The next token was chosen; whether it was the last."""
+        self.begin = len(self.history)
+        self.history.append(token)
+        self._answer.tokens.append(token)
+        ended = token in ends
+        text, stopped = ("", False) if ended else self._text.push(token)
+        over = ended or stopped or len(self._answer.tokens) == max_tokens
+        self._say(text)
+        if over and not stopped:
+            self._say(self._text.rest())
+        if ended or stopped:
+            self._answer.reason = "stop"
+        return over
+
+    def _say(self, text: str) -> None:
+        self._answer.text += text
+        if self._on_text is not None and text:
+            self._on_text(self._index, text)
+
+
 def generate(
     session: Session,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,47 +111,32 @@ def generate(
     on_text: OnText | None = None,
     starts: Sequence[int] | None = None,
 ) -> list[Continuation]:
-    """Continue each prompt (token ids) in its row of `session` by up to `max_tokens` tokens.
+    """Continue each prompt (token ids) by up to `max_tokens` tokens, in the rows of `session`.
 
+    The rows go on together. Of more prompts than rows, each next one takes the first row that is free.
     `ends` are the model's end-of-text tokens; they are part of `tokens`, not of `text`. With
-    `starts`, row i already holds the first `starts[i]` tokens of its prompt. Raises `DataError` for
+    `starts`, row i already holds the first `starts[i]` tokens of prompt i. Raises `DataError` for
     a prompt without a token to run and `LimitError` if a row outgrows the session.
     """
     sampler = Sampler(sampling or Sampling())
     answers = [Continuation() for _ in prompts]
-    streams = [_Text(tokenizer, stops) for _ in prompts]
-    histories = [list(prompt) for prompt in prompts]
-    active = list(range(len(prompts)))
-    begins = list(starts) if starts is not None else [0] * len(prompts)
-    fresh: list[list[int]] = [list(prompt[begin:]) for prompt, begin in zip(prompts, begins, strict=True)]
-    if not all(fresh):
+    begins = starts if starts is not None else [0] * len(prompts)
+    waiting = deque(
+        _Writing(index, prompt, begin, answers[index], _Text(tokenizer, stops), on_text)
+        for index, (prompt, begin) in enumerate(zip(prompts, begins, strict=True))
+    )
+    if not all(writing.fresh for writing in waiting):
         raise DataError("an empty prompt: there is nothing to continue")
-    for _ in range(max_tokens):
-        logits = session.extend(active, fresh, starts=begins)
-        chosen = sampler.choose([histories[row] for row in active], logits)
-        begins = [begin + len(part) for begin, part in zip(begins, fresh, strict=True)]
-        going = []
-        for row, token, begin in zip(active, chosen, begins, strict=True):
-            answer = answers[row]
-            answer.tokens.append(token)
-            histories[row].append(token)
-            text, stopped = ("", True) if token in ends else streams[row].push(token)
-            _say(answer, row, text, on_text)
-            if token in ends:
-                _say(answer, row, streams[row].rest(), on_text)
-            if stopped:
-                answer.reason = "stop"
-            else:
-                going.append((row, token, begin))
-        active, fresh, begins = [r for r, _, _ in going], [[t] for _, t, _ in going], [b for _, _, b in going]
-        if not active:
-            break
-    for row in active:
-        _say(answers[row], row, streams[row].rest(), on_text)
+    active: dict[int, _Writing] = {}
+    while max_tokens and (waiting or active):
+        for row in range(session.rows):
+            if waiting and row not in active:
+                active[row] = waiting.popleft()
+        rows = sorted(active)
+        going = [active[row] for row in rows]
+        logits = session.extend(rows, [each.fresh for each in going], starts=[each.begin for each in going])
+        chosen = sampler.choose([each.history for each in going], logits)
+        for row, token in zip(rows, chosen, strict=True):
+            if active[row].take(token, ends, max_tokens):
+                del active[row]
     return answers
-
-
-def _say(answer: Continuation, row: int, text: str, on_text: OnText | None) -> None:
-    answer.text += text
-    if on_text is not None and text:
-        on_text(row, text)

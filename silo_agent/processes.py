@@ -47,6 +47,15 @@ class Process:
         """The process id."""
         return self._popen.pid
 
+    def resident_bytes(self) -> int:
+        """Its memory that is resident now, from Linux's /proc."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def terminate(self) -> None:
+        """Ask it to end; nothing is awaited."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
     def running(self) -> bool:
         """Whether it has not ended yet."""
         return self._popen.poll() is None
@@ -104,6 +113,10 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         for process in reversed(self._started):
             process.stop()
+
+    def __getitem__(self, name: str) -> Process:
+        """The process of that name that was started last. Raises `KeyError`."""
+        return {process.name: process for process in self._started}[name]
 
     def start(self, name: str, *arguments: str, on_line: Callable[[str], None] = lambda _: None) -> Process:
         """Start `trunkline ARGUMENTS`; `on_line` gets every line it prints, on another thread."""

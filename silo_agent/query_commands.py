@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from codec.errors import DataError, UsageError
-from silo_agent.display import ask, progress_bar, show_answers, stream
+from silo_agent.display import ask, progress_bar, show_answers, show_scores, stream
 from silo_agent.options import SiloOptions, load_saved, open_silo, silo_options
-from silo_agent.report import write_report
+from silo_agent.report import settings_of, write_report
+from silo_agent.tasks.options import DataOptions, data_options
 
 _FILE = click.Path(path_type=Path)
 _LINES = click.File(encoding="utf-8")
@@ -19,8 +20,9 @@ _COUNT = click.IntRange(min=1)
 
 @click.command("generate")
 @silo_options
-@click.option("--prompt", "prompts", multiple=True, help="May be given several times: one batch.")
+@click.option("--prompt", "prompts", multiple=True, help="May be given several times.")
 @click.option("--prompts", "file", type=_LINES, help="One prompt a line; - is standard input.")
+@click.option("--batch", default=16, show_default=True, type=_COUNT, help="Prompts that go on together.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option("--system", help="System message before each prompt.")
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use, as `silo train` writes it.")
@@ -67,7 +69,7 @@ def generate_command(options: SiloOptions, **given: Any) -> None:
         ]
         capacity = max(len(prompt) for prompt in prompts) + given["max_tokens"]
         begun = time.monotonic()
-        with silo.session(len(prompts), capacity, saved) as session:
+        with silo.session(min(len(prompts), given["batch"]), capacity, saved) as session:
             answers = generate(
                 session,
                 silo.tokenizer,
@@ -123,36 +125,41 @@ def chat(options: SiloOptions, **given: Any) -> None:
 
 @click.command("eval")
 @silo_options
-@click.option("--task", type=click.Choice(["chat"]), default="chat", show_default=True)
-@click.option("--data", type=_FILE, required=True, help="JSONL, one conversation a line.")
+@data_options
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
-@click.option("--batch", default=4, show_default=True, type=_COUNT)
-@click.option("--max-length", default=1024, show_default=True, type=_COUNT)
+@click.option("--batch", default=4, show_default=True, type=_COUNT, help="Examples done at a time.")
+@click.option("--max-new-tokens", type=_COUNT, help="Longest written answer; else the task's own.")
 @click.option("--json", "json_path", type=_FILE, help="Write the scores here.")
-def evaluate_command(options: SiloOptions, **given: Any) -> None:
-    """Loss, perplexity and token accuracy on the answers in a data file.
+def evaluate_command(options: SiloOptions, data: DataOptions, **given: Any) -> None:
+    """A task's official scores; for `chat` and `jsonl` loss, perplexity and token accuracy.
 
     \b
     Examples:
       trunkline silo eval --broker tcp://127.0.0.1:7555 --model smollm2-135m --data held-out.jsonl
+      trunkline silo eval --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
+          --task boolq --data BoolQ/val.jsonl --adapter adapter --json boolq.json
     """
-    from silo_agent.data import chat_examples
-    from silo_agent.evaluation import evaluate
+    from silo_agent.tasks.exam import Exam
 
     saved = load_saved(given["adapter"])
-    with open_silo(options) as silo:
-        examples = chat_examples(given["data"], silo.tokenizer, max_tokens=given["max_length"])
-        with (
-            silo.session(given["batch"], given["max_length"], saved) as session,
-            progress_bar() as progress,
-        ):
-            task = progress.add_task("examples", total=len(examples), facts="")
-            score = evaluate(
-                session, examples, rows=given["batch"], progress=lambda n: progress.advance(task, n)
-            )
-        results = {**dataclasses.asdict(score), "traffic": silo.traffic()}
-        write_report(given["json_path"], "silo-eval", dataclasses.asdict(options), results)
-    click.echo(
-        f"loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
-        f"token accuracy {score.token_accuracy:.1%}  ({score.tokens} tokens, {score.examples} examples)"
-    )
+    task = data.task(given["max_new_tokens"])
+    with open_silo(options) as silo, progress_bar() as bar:
+        shown = bar.add_task(data.task_name, total=None, facts="")
+        exam = Exam(
+            lambda rows, capacity: silo.session(rows, capacity, saved),
+            given["batch"],
+            lambda done: bar.advance(shown, done),
+        )
+        begun = time.monotonic()
+        if task is None or (score := task.score) is None:
+            examples = data.examples(silo.tokenizer, "validation")
+            bar.update(shown, total=len(examples))
+            scores = dataclasses.asdict(exam.loss(examples))
+        else:
+            threads = data.threads(task, "validation")
+            bar.update(shown, total=sum(map(len, threads)))
+            answers = exam.answers(task, threads, data.rendering(silo.tokenizer), silo.stop_tokens)
+            scores = {**score(answers), "examples": len(answers)}
+        results = {**scores, "seconds": time.monotonic() - begun, "traffic": silo.traffic()}
+        write_report(given["json_path"], "silo-eval", settings_of(options, data), results)
+    show_scores(data.task_name, results)

@@ -4,29 +4,21 @@ Requests are numbered; answers may come in any order. Used from one thread.
 """
 
 import contextlib
+import heapq
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-import msgspec
 from torch import Tensor
 
 from broker.link import Link
 from broker.parcel import Parcel
-from codec.errors import (
-    DeadlineError,
-    FrameError,
-    ProtocolError,
-    TrunklineError,
-    UnavailableError,
-    from_code,
-)
-from codec.frames import check_specs
-from codec.masks import encode_mask
+from codec.errors import DeadlineError, ProtocolError, TrunklineError, UnavailableError, from_code
 from codec.messages import Answer, Attach, Error, OpenRun, OpenSession, Request, Wire
-from codec.tensors import decode_tensors, encode_tensors
+from codec.tensors import decode_tensors
+from silo_agent.packed import Packed, pack, tokens_of
 
 _RETRY_S = 0.5
 
@@ -72,7 +64,8 @@ class Remote:
         self._deadline = deadline
         self._ids = count(1)
         self._waiting: dict[int, _Waiting] = {}
-        self._early: dict[int, Arrival] = {}
+        self._dues: list[tuple[float, int]] = []
+        self._early: dict[int, Arrival | TrunklineError] = {}
         self.traffic = Traffic()
 
     def submit(
@@ -86,29 +79,23 @@ class Remote:
         mask: Tensor | None = None,
         deadline: float | None = None,
     ) -> int:
-        """Send a request and return its number; nothing is awaited. A `mask` never crosses dense.
+        """`send` a request whose tensors are encoded now (see `pack`)."""
+        packed = pack(request, tensors, wire=wire, step=step, stochastic=stochastic, mask=mask)
+        return self.send(packed, deadline=deadline)
 
-        Raises `FrameError` if a tensor cannot cross or is too large, and the link's error if that
-        has failed.
+    def send(self, packed: Packed, *, deadline: float | None = None) -> int:
+        """Send a request and return its number; nothing is awaited.
+
+        The same one may be sent again: the frames are the same bytes then. Raises the link's error if
+        that has failed.
         """
         number = next(self._ids)
-        kind = str(type(request).__struct_config__.tag)
-        specs, frames = (
-            encode_tensors(tensors, wire, kind, step=step, stochastic=stochastic) if tensors else ((), [])
-        )
-        fields: dict[str, object] = {"id": number, "tensors": specs}
-        try:
-            # A broker drops the connection of who sends more than this.
-            check_specs(specs, [memoryview(frame).nbytes for frame in frames])
-        except FrameError as error:
-            hint = "Send fewer tokens at once: lower --batch or --max-length."
-            raise FrameError(f"{kind}: {error.what}", hint=hint) from None
-        if mask is not None:
-            fields["mask"], packed = encode_mask(mask.cpu().numpy())
-            frames = [*frames, packed]
-        parcel = Parcel.of(msgspec.structs.replace(request, **fields), frames)
-        self.traffic.count(f"{kind} up", parcel.size, _tokens(tensors))
-        self._waiting[number] = _Waiting(kind, time.monotonic() + (deadline or self._deadline))
+        parcel = packed.parcel(number)
+        self.traffic.count(f"{packed.kind} up", parcel.size, packed.tokens)
+        due = time.monotonic() + (deadline or self._deadline)
+        self._waiting[number] = _Waiting(packed.kind, due)
+        self._forget_answered()
+        heapq.heappush(self._dues, (due, number))
         self._link.send(parcel)
         return number
 
@@ -118,21 +105,22 @@ class Remote:
         Raises the error a worker or broker answered with, `DeadlineError` for a request whose time
         is up, and the link's error.
         """
-        if self._early:
-            return self._early.pop(next(iter(self._early)))
-        return self._next(block)
-
-    def _next(self, block: bool) -> Arrival | None:
-        while True:
-            due = min((w.due for w in self._waiting.values()), default=time.monotonic())
-            parcel = self._link.receive(max(0.0, due - time.monotonic()) if block else 0.0)
-            if parcel is None:
-                if block:
-                    self._check_deadlines()
-                    continue
+        while not self._early:
+            due, number = self._first_due() if block else (0.0, 0)
+            if self._receive(due):
+                continue
+            if not block:
                 return None
-            if (arrival := self._arrived(parcel)) is not None:
-                return arrival
+            self._check_deadline(number)
+        return _opened(self._early.pop(next(iter(self._early))))
+
+    def wait(self, number: int) -> Arrival:
+        """The answer to request `number`; others that come first are kept. Raises as `take` does, but
+        only what concerns this request."""
+        while number not in self._early:
+            if not self._receive(self._waiting[number].due):
+                self._check_deadline(number)
+        return _opened(self._early.pop(number))
 
     def call(
         self,
@@ -144,30 +132,37 @@ class Remote:
         mask: Tensor | None = None,
         deadline: float | None = None,
     ) -> Arrival:
-        """Send a request and wait for its answer; others that come first are kept for `take`.
-
-        Raises as `take` does.
-        """
-        number = self.submit(request, tensors, wire=wire, step=step, mask=mask, deadline=deadline)
-        while True:
-            arrival = self._next(block=True)
-            assert arrival is not None
-            if arrival.header.id == number:
-                return arrival
-            self._early[arrival.header.id] = arrival
+        """Send a request and `wait` for its answer."""
+        return self.wait(self.submit(request, tensors, wire=wire, step=step, mask=mask, deadline=deadline))
 
     def tell(self, request: Request) -> None:
         """Send a request whose answer nobody awaits: not even that it failed is heard of."""
         with contextlib.suppress(TrunklineError):
-            del self._waiting[self.submit(request)]
+            self.forget([self.submit(request)])
 
-    def open(self, request: OpenSession | OpenRun, tensors: Sequence[Tensor], *, wait: float) -> Arrival:
-        """Open a session or run, asking again for `wait` seconds while no worker is attached."""
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Nobody waits for these requests any more: their answers, and their errors, are dropped."""
+        for number in numbers:
+            self._waiting.pop(number, None)
+            self._early.pop(number, None)
+
+    def open(
+        self,
+        request: OpenSession | OpenRun,
+        tensors: Sequence[Tensor],
+        *,
+        wait: float,
+        despite: tuple[type[TrunklineError], ...] = (UnavailableError,),
+    ) -> Arrival:
+        """Open a session or run, asking again for `wait` seconds `despite` these errors.
+
+        By default that is while no worker is attached.
+        """
         until = time.monotonic() + wait
         while True:
             try:
                 return self.call(request, tensors)
-            except UnavailableError:
+            except despite:
                 if time.monotonic() + _RETRY_S > until:
                     raise
                 time.sleep(_RETRY_S)
@@ -176,22 +171,41 @@ class Remote:
         """Close the link."""
         self._link.close()
 
-    def _arrived(self, parcel: Parcel) -> Arrival | None:
+    def _first_due(self) -> tuple[float, int]:
+        """When the first deadline is, and whose; now and nobody's if nobody waits."""
+        self._forget_answered()
+        return self._dues[0] if self._dues else (time.monotonic(), 0)
+
+    def _forget_answered(self) -> None:
+        while self._dues and self._dues[0][1] not in self._waiting:
+            heapq.heappop(self._dues)
+
+    def _receive(self, until: float) -> bool:
+        """Take in one message. False if none comes before `until`."""
+        parcel = self._link.receive(max(0.0, until - time.monotonic()))
+        if parcel is None:
+            return False
         header = parcel.header
         waiting = self._waiting.pop(header.id, None)
-        if waiting is None or not isinstance(header, Answer):
-            return None  # An answer nobody waits for any more: a repeat, or too late.
+        # An answer nobody waits for any more is a repeat, or came too late.
+        if waiting is not None and isinstance(header, Answer):
+            self._early[header.id] = self._arrived(header, parcel, waiting.kind)
+        return True
+
+    def _arrived(self, header: Answer, parcel: Parcel, kind: str) -> Arrival | TrunklineError:
         if isinstance(header, Error):
-            raise from_code(header.code, header.what, header.hint, header.side)
-        tensors = decode_tensors(header.tensors, parcel.buffers(), boundary=f"answer to {waiting.kind}")
-        self.traffic.count(f"{waiting.kind} down", parcel.size, _tokens(tensors))
+            return from_code(header.code, header.what, header.hint, header.side)
+        try:
+            tensors = decode_tensors(header.tensors, parcel.buffers(), boundary=f"answer to {kind}")
+        except TrunklineError as error:
+            return error
+        self.traffic.count(f"{kind} down", parcel.size, tokens_of(tensors))
         return Arrival(header, tensors)
 
-    def _check_deadlines(self) -> None:
-        now = time.monotonic()
-        late = [(n, w) for n, w in self._waiting.items() if w.due <= now]
-        if late or not self._waiting:
-            number, waiting = late[0] if late else (0, _Waiting("any request", now))
+    def _check_deadline(self, number: int) -> None:
+        """Raises `DeadlineError` if request `number` is late, or if there is none to wait for."""
+        waiting = self._waiting.get(number, _Waiting("any request", 0.0))
+        if waiting.due <= time.monotonic():
             self._waiting.pop(number, None)
             raise DeadlineError(
                 f"no answer to {waiting.kind} (request {number}) in time",
@@ -199,12 +213,14 @@ class Remote:
             )
 
 
+def _opened(came: Arrival | TrunklineError) -> Arrival:
+    if isinstance(came, TrunklineError):
+        raise came
+    return came
+
+
 def expect(arrival: Arrival, tensors: int) -> list[Tensor]:
     """The arrival's tensors. Raises `ProtocolError` unless there are exactly `tensors`."""
     if len(arrival.tensors) != tensors:
         raise ProtocolError(f"{len(arrival.tensors)} tensors came, {tensors} were asked for", side="worker")
     return arrival.tensors
-
-
-def _tokens(tensors: Sequence[Tensor]) -> int:
-    return tensors[0].shape[0] if len(tensors) == 1 and tensors[0].dim() == 2 else 0

@@ -1,5 +1,6 @@
 """What a command measured, as a JSON file that other programs read."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -9,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from codec.errors import SaveError
+
+
+def settings_of(*options: Any) -> dict[str, Any]:
+    """The fields of one or several dataclasses of options, as one."""
+    return {name: value for part in options for name, value in dataclasses.asdict(part).items()}
 
 
 def write_report(path: Path | None, bench: str, settings: dict[str, Any], results: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ import click
 from codec.plan import checked_plan
 from silo_agent.display import step_display
 from silo_agent.options import SiloOptions, load_saved, open_silo, silo_options
-from silo_agent.report import write_report
+from silo_agent.report import settings_of, write_report
+from silo_agent.tasks.options import DataOptions, data_options
 
 if TYPE_CHECKING:
     from silo_agent.trainer import StepReport
@@ -17,10 +18,18 @@ if TYPE_CHECKING:
 _FILE = click.Path(path_type=Path)
 
 
+def _window(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    """A number, or None for `auto`."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or not int(value):
+        raise click.BadParameter(f"{value} is neither auto nor a number of 1 or more")
+    return int(value)
+
+
 @click.command("train")
 @silo_options
-@click.option("--task", type=click.Choice(["chat"]), default="chat", show_default=True)
-@click.option("--data", type=_FILE, required=True, help="JSONL, one conversation a line.")
+@data_options
 @click.option("--out", type=_FILE, required=True, help="Directory for the adapter, in PEFT's format.")
 @click.option("--resume", type=_FILE, help="Begin with this adapter's weights instead of fresh ones.")
 @click.option("--run", "run_name", default="default", show_default=True, help="Silos of one run share it.")
@@ -45,10 +54,10 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option(
     "--window",
-    default=4,
+    default="auto",
     show_default=True,
-    type=click.IntRange(min=1),
-    help="Micro-batches in flight at once.",
+    callback=_window,
+    help="Micro-batches in flight at once; auto: as many as it takes that the trunk need not wait.",
 )
 @click.option("--rank", default=8, show_default=True)
 @click.option("--alpha", default=16.0, show_default=True)
@@ -65,13 +74,12 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--clip", default=1.0, show_default=True, help="Bound on the global gradient norm; 0: none.")
 @click.option("--weight-decay", default=0.0, show_default=True)
-@click.option("--max-length", default=1024, show_default=True, help="Tokens of a conversation that are used.")
 @click.option("--loss-on", type=click.Choice(["answer", "everything"]), default="answer", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the first adapter and the data order.")
 @click.option("--patience", default=600.0, show_default=True, help="Seconds to wait for the other silos.")
 @click.option("--progress", type=click.Choice(["bar", "jsonl"]), default="bar", show_default=True)
 @click.option("--json", "json_path", type=_FILE, help="Write what was measured here.")
-def train_command(options: SiloOptions, **given: Any) -> None:
+def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None:
     """Fine-tune together with other silos; every silo gets the merged adapter with its own ends.
 
     \b
@@ -79,22 +87,18 @@ def train_command(options: SiloOptions, **given: Any) -> None:
       trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
           --data notes.jsonl --steps 20 --out adapter
       trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
+          --task multirc --data MultiRC/train.jsonl --steps 100 --out adapter
+      trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
           --run clinics --silos 2 --noise 0.05 --data north.jsonl --out north
     """
     from silo_agent.adapters import check_place, write_adapter
-    from silo_agent.data import chat_examples
     from silo_agent.training import TrainSettings, train
     from workers.families import lora_targets
 
     check_place(given["out"])
     resume = load_saved(given["resume"])
     with open_silo(options) as silo:
-        examples = chat_examples(
-            given["data"],
-            silo.tokenizer,
-            max_tokens=given["max_length"],
-            everything=given["loss_on"] == "everything",
-        )
+        examples = data.examples(silo.tokenizer, "train", everything=given["loss_on"] == "everything")
         targets = lora_targets(silo.ends.config, given["lora_targets"])
         plan = checked_plan(
             silos=given["silos"],
@@ -126,5 +130,5 @@ def train_command(options: SiloOptions, **given: Any) -> None:
             "loss_last": reports[-1].loss if reports else None,
             "traffic": silo.traffic(),
         }
-        write_report(given["json_path"], "silo-train", dataclasses.asdict(options), results)
+        write_report(given["json_path"], "silo-train", settings_of(options, data), results)
     click.echo(f"adapter saved at {given['out']}", err=True)

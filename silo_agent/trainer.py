@@ -2,12 +2,13 @@
 
 Per micro-batch: head forward, noise, frame out; trunk output in, tail forward, loss, tail backward,
 gradient out; boundary gradient in, head backward. While one micro-batch is on the wire or in the
-trunk, others are in head or tail: the loop always does what has arrived before it starts new work.
+trunk, others are in head or tail. A free place in the window is filled first, so that the line stays
+full; else the loop does what arrived first. So one backward that ends makes room for one forward.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codec.errors import ProtocolError
-from codec.messages import Backward, Commit, Committed, Forward
+from codec.messages import Backward, Commit, Committed, Forward, Result
 from codec.plan import RunPlan
 from silo_agent.ends import Ends
 from silo_agent.microbatch import MicroBatch
 from silo_agent.noise import Noise
+from silo_agent.packed import Packed, pack
 from silo_agent.remote import Arrival, Remote, expect
+from silo_agent.window import Window
 from silo_agent.wires import Wires
 from workers.optimizer import PartOptimizer
+
+_KEPT = 256
+"""Micro-batches of one silo that a worker keeps between forward and backward."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did. `loss` is the mean over this silo's own loss tokens."""
+    """What one step did. `loss` is the mean over this silo's own loss tokens, `window` how many
+    micro-batches may be in flight after it."""
 
     step: int
     loss: float
@@ -38,6 +45,7 @@ class StepReport:
     trunk_busy: float
     seconds: float
     wire: str
+    window: int
 
 
 @dataclass(slots=True)
@@ -62,28 +70,30 @@ class Trainer:
         plan: RunPlan,
         noise: Noise,
         wires: Wires | None = None,
-        window: int = 4,
+        window: int | None = None,
         patience: float = 600.0,
         step: int = 0,
     ) -> None:
-        """`window` micro-batches are in flight at most; `patience` bounds the wait for other silos.
-
-        Without `wires` every bit crosses.
+        """`window` micro-batches are in flight at most, None: as many as it takes that the trunk never waits
+        for this silo. `patience` bounds the wait for other silos. Without `wires` every bit crosses.
         """
         self._ends, self._remote, self._run, self._plan = ends, remote, run, plan
-        self._noise, self._window, self._patience = noise, window, patience
+        self._noise, self._patience = noise, patience
+        self._window = Window(window, most=_KEPT)
         self._wires = wires or Wires("exact")
         self._optimizer = PartOptimizer(plan, ends.adapter())
         self._trains_head = bool(ends.head_adapter())
         self._flights: dict[int, _Flight] = {}
+        self._prepared: deque[tuple[_Flight, Packed]] = deque()
         self._next = 0
         self._loss = 0.0
         self.step_number = step
 
-    def step(self, micro_batches: Iterable[MicroBatch]) -> StepReport:
+    def step(self, micro_batches: Iterable[MicroBatch], following: Sequence[MicroBatch] = ()) -> StepReport:
         """Run the micro-batches through all parts and take one optimizer step.
 
-        Raises what `Remote.take` raises; after an error the run cannot go on.
+        `following` are those of the next step: a head that is not trained may begin with them while
+        the commit is under way. Raises what `Remote.take` raises; after an error the run cannot go on.
         """
         begun = time.monotonic()
         todo = deque(micro_batches)
@@ -91,13 +101,12 @@ class Trainer:
         loss_tokens = sum(len(batch.keep) for batch in todo)
         self._loss = 0.0
         while todo or self._flights:
-            may_start = bool(todo) and len(self._flights) < self._window
-            arrival = self._remote.take(block=not may_start)
-            if arrival is not None:
-                self._advance(arrival)
-            elif may_start:
+            if todo and len(self._flights) < self._window.size:
                 self._start(todo.popleft())
-        committed = self._commit(loss_tokens)
+            elif (arrival := self._remote.take()) is not None:
+                self._advance(arrival)
+        self._window.committed()
+        committed = self._commit(loss_tokens, following)
         rate = self._plan.rate_at(self.step_number)
         self.step_number += 1
         return StepReport(
@@ -110,11 +119,25 @@ class Trainer:
             trunk_busy=committed.busy,
             seconds=time.monotonic() - begun,
             wire=self._wires.summary(),
+            window=self._window.size,
         )
 
     def _start(self, batch: MicroBatch) -> None:
+        begun = time.monotonic()
+        if self._prepared and self._prepared[0][0].batch is batch:
+            flight, packed = self._prepared.popleft()
+        else:
+            self._prepared.clear()
+            flight, packed = self._prepare(batch)
+        self._window.began(flight.number, begun)
+        self._send(flight, packed)
+
+    def _prepare(self, batch: MicroBatch) -> tuple[_Flight, Packed]:
+        """All that is done for a micro-batch before it leaves."""
+        head, key = self._ends.head, self._ends.adapter_key
         with torch.set_grad_enabled(self._trains_head):
-            sent = self._noise.add(self._ends.head.run(batch.ids, batch.lengths, mask=batch.mask))
+            hidden = head.run(batch.ids, batch.lengths, adapter=key, mask=batch.mask)
+            sent = self._noise.add(hidden)
         request = Forward(
             run=self._run,
             microbatch=self._next,
@@ -122,17 +145,24 @@ class Trainer:
             wire=self._wires.pick("trunk → tail", *sent.shape),
         )
         wire = self._wires.pick("head → trunk", *sent.shape)
-        number = self._remote.submit(request, [sent], wire=wire, step=self._noise.step, mask=batch.mask)
-        self._flights[number] = _Flight(self._next, batch, sent)
+        packed = pack(request, [sent], wire=wire, step=self._noise.step, mask=batch.mask)
         self._next += 1
+        return _Flight(request.microbatch, batch, sent), packed
+
+    def _send(self, flight: _Flight, packed: Packed) -> None:
+        self._flights[self._remote.send(packed)] = flight
+        self._window.sent(flight.number, time.monotonic(), packed.size)
 
     def _advance(self, arrival: Arrival) -> None:
-        flight = self._flights.pop(arrival.header.id)
+        header, flight = arrival.header, self._flights.pop(arrival.header.id)
+        seconds = header.seconds if isinstance(header, Result) else 0.0
+        self._window.answered(flight.number, time.monotonic(), seconds)
         if flight.returning:
             if self._trains_head:
                 (gradient,) = expect(arrival, 1)
                 _check_shape(gradient, flight.sent)
                 flight.sent.backward(gradient.to(flight.sent))
+            self._window.ended(flight.number, time.monotonic())
             return
         (output,) = expect(arrival, 1)
         _check_shape(output, flight.sent)
@@ -145,21 +175,21 @@ class Trainer:
         )
         flight.returning = True
         wire = self._wires.pick("tail → trunk (gradient)", *gradient.shape)
-        number = self._remote.submit(request, [gradient], wire=wire, stochastic=True)
-        self._flights[number] = flight
+        self._send(flight, pack(request, [gradient], wire=wire, stochastic=True))
 
     def _tail(self, output: Tensor, batch: MicroBatch) -> Tensor:
         """Loss and tail backward; the gradient `[T, hidden]` of the summed loss at the trunk's output."""
         tail = self._ends.tail
         leaf = output.to(tail.device, tail.dtype).requires_grad_()
-        logits = tail.run(leaf, batch.lengths, keep=batch.keep.to(tail.device), mask=batch.mask).float()
+        key = self._ends.adapter_key
+        logits = tail.run(leaf, batch.lengths, adapter=key, keep=batch.keep, mask=batch.mask).float()
         loss = F.cross_entropy(logits, batch.targets.to(tail.device), reduction="sum")
         loss.backward()
         self._loss += loss.item()
         assert leaf.grad is not None
         return leaf.grad
 
-    def _commit(self, loss_tokens: int) -> Committed:
+    def _commit(self, loss_tokens: int, following: Sequence[MicroBatch]) -> Committed:
         shared = self._plan.ends == "shared"
         gradients = self._optimizer.gradients() if shared else {}
         request = Commit(
@@ -169,7 +199,11 @@ class Trainer:
             square_norm=0.0 if shared else self._optimizer.square_norm(),
             names=tuple(gradients),
         )
-        arrival = self._remote.call(request, list(gradients.values()), deadline=self._patience)
+        number = self._remote.submit(request, list(gradients.values()), deadline=self._patience)
+        if not self._trains_head:
+            # What the step will change is not in this head: its next outputs are known already.
+            self._prepared.extend(self._prepare(batch) for batch in following[: self._window.size])
+        arrival = self._remote.wait(number)
         committed = arrival.header
         if not isinstance(committed, Committed) or committed.step != self.step_number:
             raise ProtocolError("the worker answered a commit with something else", side="worker")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor
 
@@ -16,12 +17,13 @@ from silo_agent.trainer import StepReport, Trainer
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """How this silo takes part: sequences in a micro-batch, micro-batches in a step and in flight."""
+    """How this silo takes part: sequences in a micro-batch, micro-batches in a step and in flight (None:
+    tuned)."""
 
     run: str
     batch: int
     accumulate: int
-    window: int
+    window: int | None
     patience: float
 
 
@@ -67,8 +69,11 @@ def train(
         step=opened.step,
     )
     source = batches(examples, settings.batch, plan.seed)
-    for _ in range(opened.step, plan.steps):
-        on_step(trainer.step([next(source) for _ in range(settings.accumulate)]))
+    following = list(islice(source, settings.accumulate))
+    for number in range(opened.step, plan.steps):
+        present = following
+        following = list(islice(source, settings.accumulate)) if number + 1 < plan.steps else []
+        on_step(trainer.step(present, following))
     arrival = remote.call(GetAdapter(run=settings.run))
     if not isinstance(arrival.header, Adapter):
         raise ProtocolError("the worker answered with something other than an adapter", side="worker")

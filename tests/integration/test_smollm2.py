@@ -23,9 +23,11 @@ def test_generation_equals_the_whole_model(
     results = json.loads((tmp_path / "parity.json").read_text())["results"]
     assert results["greedy_equal"]
     assert results["greedy_tokens"] == 3 * 64
-    assert results["logits_max_abs_diff"] < 1e-4
-    # One row and many rows take different kernels: transformers differs from itself by this floor.
-    assert results["decode_logits_max_abs_diff"] < max(1e-4, 2 * results["transformers_decode_floor"])
+    # One row and many rows take different kernels: transformers differs from itself by this floor. Our
+    # frozen linear layers take oneDNN's where it takes MKL's.
+    bound = max(1e-4, 2 * results["transformers_decode_floor"])
+    assert results["logits_max_abs_diff"] < bound
+    assert results["decode_logits_max_abs_diff"] < bound
 
 
 @pytest.mark.parametrize("ends", ["shared", "own"])

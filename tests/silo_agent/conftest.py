@@ -34,6 +34,7 @@ from workers.service import TrunkService
 from workers.span import Span
 
 QUIET = Noise(NoiseScale())
+Handle = Callable[[TrunkService, Sequence[Parcel]], list[Parcel]]
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def clinics() -> list[Path]:
 class Pool:
     """A broker, and a worker that can come late or leave; everything that passed is recorded."""
 
-    def __init__(self, tiny: Tiny) -> None:
+    def __init__(self, tiny: Tiny, handle: Handle) -> None:
         self.broker = MemoryBroker()
-        self._tiny = tiny
+        self._tiny, self._handle = tiny, handle
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._links: list[MemoryLink] = []
@@ -111,10 +112,44 @@ class Pool:
         return link
 
     def start_worker(self, kv_bytes: int = 1 << 26) -> None:
+        self._work(serve, self.attach_worker(), self._service(kv_bytes), self._stop)
+
+    def start_moody_worker(self, mood: Callable[[Parcel], list[Parcel] | None]) -> None:
+        """A worker that asks `mood` first: what it answers instead, or None. It leaves on `EOFError`."""
+        link, service = self.attach_worker(), self._service(1 << 26)
+
+        def live() -> None:
+            while not self._stop.is_set():
+                parcel = link.receive(0.05)
+                try:
+                    answers = mood(parcel) if parcel else []
+                except EOFError:
+                    return link.close()
+                for answer in (
+                    self._handle(service, [parcel]) if parcel and answers is None else answers or ()
+                ):
+                    link.send(answer)
+            return None
+
+        self._work(live)
+
+    def start_mortal_worker(self, extends: int) -> None:
+        """A worker that answers so many extends, takes one more, and leaves."""
+        left = iter(range(extends))
+
+        def mood(parcel: Parcel) -> None:
+            if isinstance(parcel.header, Extend) and next(left, None) is None:
+                raise EOFError
+
+        self.start_moody_worker(mood)
+
+    def _service(self, kv_bytes: int) -> TrunkService:
         checkpoint = self._tiny.checkpoint
         span = Span(checkpoint, Blocks(0, checkpoint.blocks))
-        service = TrunkService(span, checkpoint.card(range(checkpoint.blocks)), kv_bytes)
-        work = threading.Thread(target=serve, args=(self.attach_worker(), service, self._stop), daemon=True)
+        return TrunkService(span, checkpoint.card(range(checkpoint.blocks)), kv_bytes)
+
+    def _work(self, target: Callable[..., None], *arguments: Any) -> None:
+        work = threading.Thread(target=target, args=arguments, daemon=True)
         work.start()
         self._threads.append(work)
 
@@ -156,9 +191,9 @@ class Pool:
 
 
 @pytest.fixture
-def new_pool(tiny: Tiny) -> Callable[[], Pool]:
+def new_pool(tiny: Tiny, handle: Handle) -> Callable[[], Pool]:
     """For tests that compare what passes in several: a context manager without a worker yet."""
-    return lambda: Pool(tiny)
+    return lambda: Pool(tiny, handle)
 
 
 @pytest.fixture

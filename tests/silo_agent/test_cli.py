@@ -135,6 +135,8 @@ def test_one_clear_line_and_exit_code_1(outcomes: dict[str, Outcome], place: Pat
         (["generate", *NOWHERE, "tiny", "--prompt", "hi", "--max-tokens", "0"], "--max-tokens"),
         (["chat", *NOWHERE, "tiny", "--context", "0"], "--context"),
         (["train", *NOWHERE, "tiny", "--data", "x"], "Missing option '--out'"),
+        (["train", *NOWHERE, "tiny", "--window", "0"], "0 is neither auto nor a number of 1 or more"),
+        (["train", *NOWHERE, "tiny", "--window", "few"], "few is neither auto nor a number"),
     ],
 )
 def test_options_that_click_refuses(

@@ -88,6 +88,12 @@ def test_generate_answers_a_batch_from_options_and_a_file(run: Run, tiny: Any) -
     assert done.stdout == "".join(f"> {text}\n{whole_answer(tiny, text, 8)}\n\n" for text in texts)
 
 
+def test_generate_answers_more_prompts_than_go_on_together(run: Run, tiny: Any) -> None:
+    texts = ["Who?", "Why?", "And when then?", "hello", "No?"]
+    done = run("generate", "--prompts", "-", "--max-tokens", 8, "--batch", 2, text="\n".join(texts))
+    assert done.stdout == "".join(f"> {text}\n{whole_answer(tiny, text, 8)}\n\n" for text in texts)
+
+
 def test_generate_continues_raw_text_up_to_a_stop_string(run: Run, tiny: Any) -> None:
     full = tiny.tokenizer.decode(tiny.greedy(tiny.ids("hello"), 20), skip_special_tokens=True)
     stop = full[9:12]
@@ -129,14 +135,52 @@ def test_train_then_generate_and_evaluate_with_the_adapter(
     assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [1, 2, 3, 4]
     results = json.loads(report.read_text())["results"]
     assert results["loss_last"] < results["loss_first"] - 0.5
+    assert all(2 <= step["window"] <= 64 for step in results["steps"])
     scores = {}
     for name, options in {"base": [], "tuned": ["--adapter", out]}.items():
         done = run("eval", "--data", data, "--max-length", 150, "--json", report, *options)
         scores[name] = json.loads(report.read_text())["results"]
-        assert f"loss {scores[name]['loss']:.4f}" in done.stdout
+        assert f"{scores[name]['loss']:.4f}" in done.stdout
     learned = sum(sum(e.answer[1:]) for e in chat_examples(data, tiny.tokenizer, max_tokens=150))
     assert scores["base"]["tokens"] == scores["tuned"]["tokens"] == learned
     assert scores["base"]["loss"] == pytest.approx(results["loss_first"], abs=0.3)
     assert scores["tuned"]["loss"] < scores["base"]["loss"] - 0.5
     done = run("generate", "--prompt", "Who is it?", "--max-tokens", 6, "--adapter", out)
     assert done.stdout != whole_answer(tiny, "Who is it?", 6) + "\n"
+
+
+def test_a_task_is_learned_and_scored(run: Run, tmp_path: Path) -> None:
+    """Whether the sky is grey, which the tiny model cannot know before."""
+    data, out, report = tmp_path / "sky.jsonl", tmp_path / "adapter", tmp_path / "r.json"
+    rows = [{"question": f"is {n} so", "passage": "The sky is grey.", "label": n % 4 == 0} for n in range(4)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    learn = ["--steps", 6, "--batch", 4, "--accumulate", 1, "--lr", 0.03, "--max-length", 90]
+    run("train", "--task", "boolq", "--data", data, "--out", out, *learn, "--json", report)
+    losses = json.loads(report.read_text())["results"]
+    assert losses["loss_last"] < losses["loss_first"] - 1
+    done = run("eval", "--task", "boolq", "--data", data, "--adapter", out, "--json", report)
+    tuned = json.loads(report.read_text())
+    assert (tuned["bench"], tuned["settings"]["task_name"]) == ("silo-eval", "boolq")
+    assert tuned["results"]["accuracy"] >= 0.75
+    assert tuned["results"]["examples"] == 4
+    assert tuned["results"]["seconds"] > 0
+    assert f"{tuned['results']['accuracy']:.1%}" in done.stdout
+    assert "accuracy" in done.stdout
+
+
+def test_a_dialogue_is_answered_in_writing(run: Run, tiny: Any, tmp_path: Path) -> None:
+    data, report = tmp_path / "dialogue.json", tmp_path / "r.json"
+    turns = [{"input_text": "Who?"}, {"input_text": "Why?"}]
+    story = {"story": "Ann left.", "questions": turns, "answers": turns}
+    data.write_text(json.dumps({"version": "1", "data": [story]}))
+    done = run("eval", "--task", "coqa", "--data", data, "--max-new-tokens", 3, "--json", report)
+    results = json.loads(report.read_text())["results"]
+    assert (results["f1"], results["em"], results["examples"]) == (0, 0, 2)
+    assert "0.0%" in done.stdout
+    # The second turn sends what is new, and each of two written tokens is a pass of one.
+    tokens = results["traffic"]["tokens"]["extend up"]
+    content = "Read the story, then answer each question in as few words as possible.\n\nAnn left.\n\nWho?"
+    messages = [{"role": "user", "content": content}]
+    messages += [{"role": role, "content": text} for role, text in [("assistant", "Who?"), ("user", "Why?")]]
+    last = prompt_ids(tiny.tokenizer, messages, answer_next=True)
+    assert tokens < len(last) + 12

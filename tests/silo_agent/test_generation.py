@@ -45,6 +45,29 @@ def test_whatever_the_partition(pool: Any, tiny: Any, partition: tuple[int, int]
     assert answer.tokens == tiny.greedy(prompt, 12, eos_token_id=None)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_of_more_prompts_than_rows_the_next_takes_the_first_free_row(pool: Any, tiny: Any, rows: int) -> None:
+    prompts = [tiny.ids(prompt) for prompt in [*PROMPTS, *PROMPTS[:3]]]
+    full = [tiny.greedy(prompt, 15, eos_token_id=None) for prompt in prompts]
+    end = full[1][3]
+    heard: dict[int, str] = {}
+    with pool.session(rows=rows) as session:
+        got = generate(
+            session,
+            tiny.tokenizer,
+            prompts,
+            max_tokens=15,
+            ends=frozenset({end}),
+            on_text=lambda index, text: heard.update({index: heard.get(index, "") + text}),
+        )
+    expected = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in full]
+    assert [answer.tokens for answer in got] == expected
+    assert [heard.get(index, "") for index in range(len(prompts))] == [answer.text for answer in got]
+    busy = [len(parcel.header.rows) for parcel in pool.sent()]
+    assert busy == sorted(busy, reverse=True), "rows are free only when no prompt is left"
+    assert busy[0] == rows
+
+
 def test_an_end_token_ends_its_row_and_no_other(pool: Any, tiny: Any) -> None:
     full = [tiny.greedy(tiny.ids(prompt), 40, eos_token_id=None) for prompt in PROMPTS]
     end = full[1][3]

@@ -18,6 +18,10 @@ class Scripted:
     script: Sequence[Sequence[int]]
     at: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> int:
+        return len(self.script)
+
     def extend(self, rows: Sequence[int], _: Sequence[Sequence[int]], *, starts: Sequence[int]) -> Tensor:
         logits = torch.zeros(len(rows), 512)
         for index, row in enumerate(rows):
