@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import zmq
 
 from benchmarks.echo import echo_card
 from benchmarks.progress import Progress
+from broker.keys import LinkKeys
 from codec.messages import Attach, Extend, Opened, OpenSession, Result, TensorSpec, encode_header
 from silo_agent.processes import Processes
 
@@ -28,6 +30,15 @@ Socket = zmq.Socket[bytes]
 _TIMEOUT_MS = 20_000
 _SPAWN = multiprocessing.get_context("spawn")
 _HIDDEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class BenchKeys:
+    """A broker's key directory, and the keys of a silo and a worker that it lets in."""
+
+    directory: Path
+    silo: LinkKeys
+    worker: LinkKeys
 
 
 def measure(
@@ -45,8 +56,8 @@ def measure(
                 requests = max(64, min(count, (256 << 20) // size))
                 for middle in ("proxy", "broker"):
                     progress(f"round {number + 1} of {rounds}, {size} bytes, {middle}")
-                    with _line(middle, processes, requests) as socket:
-                        rate, latencies = _load(socket, middle, size, requests, window)
+                    with line(middle, processes, requests) as socket:
+                        rate, latencies = load(socket, middle, size, requests, window)
                     found.setdefault((size, middle), []).append(rate)
                     waits.setdefault((size, middle), []).extend(latencies)
     rows = []
@@ -67,23 +78,27 @@ def measure(
 
 
 @contextlib.contextmanager
-def _line(middle: str, processes: Processes, requests: int) -> Iterator[Socket]:
-    """A connected client socket, with the middle and an echo behind it."""
+def line(middle: str, processes: Processes, requests: int, keys: BenchKeys | None = None) -> Iterator[Socket]:
+    """A connected client socket, with the middle and an echo behind it; of a broker, with `keys` or not."""
     context: zmq.Context[Socket] = zmq.Context()
     ours, theirs = _SPAWN.Pipe()
     children = []
     try:
         if middle == "broker":
-            front = back = processes.broker()
+            front = back = processes.broker(*(["--keys", str(keys.directory)] if keys else []))
         else:
             children.append(_SPAWN.Process(target=_proxy, args=(theirs,), daemon=True))
             children[0].start()
             if not ours.poll(_TIMEOUT_MS / 1000):
                 raise TimeoutError("the proxy did not start")
             front, back = ours.recv()
-        children.append(_SPAWN.Process(target=_echo, args=(back, middle, requests), daemon=True))
+        children.append(
+            _SPAWN.Process(
+                target=_echo, args=(back, middle, requests, keys.worker if keys else None), daemon=True
+            )
+        )
         children[-1].start()
-        with _dealer(context, front) as socket:
+        with _dealer(context, front, keys.silo if keys else None) as socket:
             yield socket
     finally:
         for child in children:
@@ -92,11 +107,13 @@ def _line(middle: str, processes: Processes, requests: int) -> Iterator[Socket]:
         context.term()
 
 
-def _dealer(context: "zmq.Context[Socket]", endpoint: str) -> Socket:
+def _dealer(context: "zmq.Context[Socket]", endpoint: str, keys: LinkKeys | None) -> Socket:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RCVTIMEO, _TIMEOUT_MS)
     socket.setsockopt(zmq.SNDTIMEO, _TIMEOUT_MS)
+    if keys:
+        keys.guard(socket)
     socket.connect(endpoint)
     return socket
 
@@ -118,10 +135,10 @@ def _attach(socket: Socket, role: Any) -> None:
     socket.recv_multipart()
 
 
-def _echo(endpoint: str, middle: str, requests: int) -> None:
+def _echo(endpoint: str, middle: str, requests: int, keys: LinkKeys | None) -> None:
     """Answer every request with as many bytes, in the order in which they come."""
     answers = [encode_header(Result(id=number)) for number in range(2, 3 * requests + 100)]
-    with zmq.Context() as context, _dealer(context, endpoint) as socket:
+    with zmq.Context() as context, _dealer(context, endpoint, keys) as socket:
         socket.setsockopt(zmq.RCVTIMEO, -1)  # The parent ends this process.
         if middle == "broker":
             _attach(socket, "worker")
@@ -132,7 +149,7 @@ def _echo(endpoint: str, middle: str, requests: int) -> None:
             socket.send_multipart([*peers, answer, payload], copy=False)
 
 
-def _load(socket: Socket, middle: str, size: int, requests: int, window: int) -> tuple[float, list[float]]:
+def load(socket: Socket, middle: str, size: int, requests: int, window: int) -> tuple[float, list[float]]:
     """Requests per second with `window` under way, and the seconds of each one sent alone."""
     specs = (TensorSpec("f32", (size // 4,), "raw", (size,)),)
     fields: dict[str, Any] = {"session": "s", "rows": (0,), "starts": (0,), "lengths": (1,)}

@@ -1,13 +1,21 @@
 """`trunkline bench`: one command per benchmark."""
 
+import signal
 from pathlib import Path
 
 import click
 
 from benchmarks.broker_command import broker
 from benchmarks.codec_command import codec, noise
+from benchmarks.curve_command import curve
 from benchmarks.decode_command import decode
 from benchmarks.link_command import link
+from benchmarks.reference_command import reference
+from benchmarks.scale_command import scale
+from benchmarks.soak_command import soak
+from benchmarks.throughput_command import throughput
+from benchmarks.training_command import train
+from benchmarks.worker_command import worker
 from codec.partition import Partition
 from codec.plan import checked_plan
 from workers import runtime  # before torch: it sets how idle threads wait
@@ -18,13 +26,22 @@ _JSON = click.option("--json", "json_path", type=click.Path(path_type=Path), hel
 @click.group("bench")
 def bench() -> None:
     """Measure, one question per benchmark."""
+    # Asked to end, a benchmark ends like on Ctrl-C, and the processes that it started with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 bench.add_command(codec)
 bench.add_command(broker)
+bench.add_command(curve)
 bench.add_command(noise)
 bench.add_command(link)
 bench.add_command(decode)
+bench.add_command(throughput)
+bench.add_command(worker)
+bench.add_command(reference)
+bench.add_command(scale)
+bench.add_command(train)
+bench.add_command(soak)
 
 
 @bench.command("parity")

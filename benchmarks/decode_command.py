@@ -18,6 +18,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--sessions", default="1,2,4,8,16", show_default=True, help="How many at once.")
 @click.option("--context", default=64, show_default=True, type=_COUNT, help="Tokens before the first step.")
 @click.option("--tokens", default=32, show_default=True, type=click.IntRange(min=2), help="Steps of each.")
+@click.option("--seconds", default=3.0, show_default=True, help="Of each measurement with replay silos.")
 @click.option("--rounds", default=3, show_default=True, type=_COUNT)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
 def decode(
@@ -27,6 +28,7 @@ def decode(
     sessions: str,
     context: int,
     tokens: int,
+    seconds: float,
     rounds: int,
     json_path: Path | None,
 ) -> None:
@@ -51,6 +53,7 @@ def decode(
             sessions=wanted,
             context=context,
             tokens=tokens,
+            seconds=seconds,
             rounds=rounds,
             progress=status.update,
         )
@@ -71,6 +74,11 @@ def decode(
         f"{results['transformers_tokens_per_s']:.1f}",
         highlight=False,
     )
+    console.print(
+        f"{results['prompts']} prompts of that silo at once: {results['prompts_tokens_per_s']:.1f} tokens/s, "
+        f"{results['prompts_scaling']:.2f} times one",
+        highlight=False,
+    )
     settings = {
         "model": model,
         "head": head,
@@ -78,6 +86,7 @@ def decode(
         "sessions": wanted,
         "context": context,
         "tokens": tokens,
+        "seconds": seconds,
         "rounds": rounds,
     }
     write_report(json_path, "decode", settings, results)

@@ -45,7 +45,7 @@ def measure(
     random = torch.Generator().manual_seed(seed)
     parts = Parts(Checkpoint(model), partition, texts)
     with torch.no_grad():
-        sent = parts.ends.head.run(parts.ids, parts.lengths)
+        sent = parts.ends.head.run(parts.ids, parts.lengths, adapter=parts.ends.adapter_key)
     shapes = {"one": sent.std().expand(sent.shape[1]), "channel": sent.std(0)}
     closest: dict[str, list[float]] = {shape: [] for shape in shapes}
     for number in range(positions):

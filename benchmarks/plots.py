@@ -30,6 +30,50 @@ def rate_distortion(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def busy_timeline(slices: Sequence[Sequence[float]], label: str, path: Path) -> None:
+    """The share of each slice `[second, share]` in which the trunk computed."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    axis.step(*zip(*slices, strict=True), where="post")
+    axis.set(title=f"trunk busy, {label}", xlabel="seconds", ylabel="share of time", ylim=(0, 1.05))
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def ladder(rows: Mapping[str, Sequence[Mapping[str, Any]]], label: str, path: Path) -> None:
+    """Tokens per second of each way of working, one panel a task, on a logarithmic scale."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(6.5 * len(rows), 4), layout="constrained", squeeze=False
+    )
+    for axis, (task, ways) in zip(axes.flat, rows.items(), strict=True):
+        names = [way["name"] for way in ways]
+        rates = [way["tokens_per_s"] for way in ways]
+        bars = axis.barh(names, rates)
+        axis.bar_label(bars, [f"{rate:,.0f}" if rate > 100 else f"{rate:.3g}" for rate in rates], padding=3)
+        axis.invert_yaxis()
+        axis.set(title=f"{task}, {label}", xscale="log", xlabel="tokens per second")
+        axis.set_xlim(min(rates) / 2, max(rates) * 5)
+        axis.xaxis.set_minor_formatter("")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def lines(
+    rows: Sequence[Mapping[str, Any]], x: str, names: Mapping[str, str], path: Path, *, scale: str = "log"
+) -> None:
+    """One panel for each of `names`, keys of the rows with what to call them, over `x`."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.5), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, names.items(), strict=True):
+        axis.plot([row[x] for row in rows], [row[name] for row in rows], "o-" if scale == "log" else "-")
+        axis.set(title=title, xlabel=x, xscale=scale, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def check_plots() -> None:
     """Raises `UsageError` if matplotlib is not there: before a long measurement, not after it."""
     _pyplot()

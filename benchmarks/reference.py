@@ -53,8 +53,12 @@ class Reference:
     a simulation of the split run in one process.
     """
 
-    def __init__(self, model: Any, plan: RunPlan, initial: Mapping[str, Tensor], trunk: range) -> None:
-        """`initial` is the first adapter by global name; `trunk` are the blocks that are shared."""
+    def __init__(
+        self, model: Any, plan: RunPlan, initial: Mapping[str, Tensor] | None = None, trunk: range = range(0)
+    ) -> None:
+        """`initial` is the first adapter by global name, PEFT's own without it; `trunk` are the blocks
+        that are shared where the ends are not.
+        """
         self._plan = plan
         self._owners = plan.silos if plan.ends == "own" else 1
         config = LoraConfig(
@@ -67,9 +71,10 @@ class Reference:
             self._model: Any = get_peft_model(model, config, adapter_name="silo0")
         for owner in range(1, self._owners):
             self._model.add_adapter(f"silo{owner}", config)
-        for owner in range(self._owners):
-            for name, parameter in self._adapter(owner).items():
-                parameter.data.copy_(initial[name])
+        if initial is not None:
+            for owner in range(self._owners):
+                for name, parameter in self._adapter(owner).items():
+                    parameter.data.copy_(initial[name])
         self._share(trunk)
         self._train_all()
         self._parameters = list(

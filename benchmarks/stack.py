@@ -1,0 +1,126 @@
+"""What stands between replay silos and a trunk: broker, workers and a slow line, as real processes."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.figures import Sample, growth
+from codec.errors import LinkError
+from silo_agent.processes import Process, Processes
+
+_START_S = 120.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Stack:
+    """A broker, workers, and a relay if the line is to be slow. `endpoint` is where silos attach."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        *,
+        worker: Iterable[str],
+        workers: int = 1,
+        rtt_ms: float = 0.0,
+        mbit: float = 0.0,
+    ) -> None:
+        """Start them; `worker` are options of `trunkline bench worker`. Raises if one does not start."""
+        self._running: dict[str, Process] = {}
+        self._processes = processes
+        listen = ("broker", "--listen", "tcp://127.0.0.1:0")
+        self.endpoint = broker = self._listener("broker", "listening on ", *listen)
+        self._meters = [_Meter() for _ in range(workers)]
+        for number, meter in enumerate(self._meters):
+            name = f"worker-{number}"
+            options = ("bench", "worker", "--broker", broker, "--name", name, *worker)
+            self._running[name] = processes.start(name, *options, on_line=meter.hear)
+        if rtt_ms or mbit:
+            relay = ("relay", "--listen", "tcp://127.0.0.1:0", "--to", broker)
+            shape = ("--rtt-ms", f"{rtt_ms:g}", "--mbit", f"{mbit:g}")
+            self.endpoint = self._listener("relay", "relaying ", *relay, *shape)
+        for number, meter in enumerate(self._meters):
+            self._wait(f"worker-{number}", meter.begun)
+
+    def _listener(self, name: str, says: str, *arguments: str) -> str:
+        endpoint: list[str] = []
+        listening = threading.Event()
+
+        def on_line(line: str) -> None:
+            if line.startswith(says):
+                endpoint.append(line.removeprefix(says).split()[0])
+                listening.set()
+
+        self._running[name] = self._processes.start(name, *arguments, on_line=on_line)
+        self._wait(name, listening)
+        return endpoint[0]
+
+    def _wait(self, name: str, event: threading.Event) -> None:
+        until = time.monotonic() + _START_S
+        while not event.wait(0.05):
+            self._running[name].check()
+            if time.monotonic() > until:
+                raise LinkError(
+                    f"{name} did not start within {_START_S:g} s", hint=self._running[name].where()
+                )
+
+    def busy(self, begin: float, end: float) -> float:
+        """The share of the time between two moments that a worker's trunk computed, the workers' mean."""
+        return sum(growth(meter.counter("busy"), begin, end) for meter in self._meters) / len(self._meters)
+
+    def timeline(self, begin: float, end: float, every: float) -> list[list[float]]:
+        """`busy` in slices of `every` seconds: `[seconds since begin, share]`."""
+        slices = int((end - begin) / every)
+        starts = [begin + number * every for number in range(slices)]
+        return [[start - begin, self.busy(start, start + every)] for start in starts]
+
+    def tokens_per_pass(self, begin: float, end: float) -> float:
+        """Mean tokens of a pass, forward or backward, between two moments."""
+        tokens, passes = (
+            sum(growth(meter.counter(what), begin, end) for meter in self._meters)
+            for what in ("tokens", "passes")
+        )
+        return tokens / passes if passes else 0.0
+
+    def settle(self, moment: float) -> None:
+        """Wait until every worker has told its counters of `moment`. Raises if one has ended."""
+        until = time.monotonic() + 5.0
+        while any(meter.latest < moment for meter in self._meters) and time.monotonic() < until:
+            for process in self._running.values():
+                process.check()
+            time.sleep(0.02)
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time that each process has used so far."""
+        return {name: _cpu_seconds(process.pid) for name, process in self._running.items()}
+
+    def broker_bytes(self) -> int:
+        """Memory of the broker that is resident now."""
+        return self._running["broker"].resident_bytes()
+
+
+class _Meter:
+    """What a worker said of itself (`benchmarks.meter`)."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self._lines: list[dict[str, float]] = []
+
+    def hear(self, line: str) -> None:
+        self._lines.append(json.loads(line))
+        self.begun.set()
+
+    @property
+    def latest(self) -> float:
+        return self._lines[-1]["at"]
+
+    def counter(self, name: str) -> list[Sample]:
+        return [(line["at"], line[name]) for line in list(self._lines)]
+
+
+def _cpu_seconds(pid: int) -> float:
+    # The name, in brackets, may hold anything; user and system time are the 14th and 15th field.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
