@@ -126,7 +126,8 @@ def is_boundary(parcel: Parcel) -> bool:
 def test_a_head_that_does_not_learn_begins_while_the_step_is_committed(
     new_pool: Callable[[], Any], random_batches: Batches, monkeypatch: pytest.MonkeyPatch, noise: float
 ) -> None:
-    """What is sent and what is learned is the same to the last bit; each output is noised once."""
+    """What is sent is the same to the last bit, and each output is noised once; so what is learned is the
+    same, but for rounding: which micro-batches share a pass is a matter of time."""
     steps = [random_batches(3, seed) for seed in range(PLAN.steps)]
     found = []
     for ahead in (False, True):
@@ -149,7 +150,8 @@ def test_a_head_that_does_not_learn_begins_while_the_step_is_committed(
             )
     (frames, adapter), (frames_ahead, adapter_ahead) = found
     assert frames == frames_ahead
-    assert all(torch.equal(tensor, adapter_ahead[name]) for name, tensor in adapter.items())
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(tensor, adapter_ahead[name], atol=1e-5, rtol=0)
 
 
 def test_a_head_that_learns_does_not_begin_before_its_step(pool: Any, random_batches: Batches) -> None:
