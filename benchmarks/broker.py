@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ class BenchKeys:
     worker: LinkKeys
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What stands in the middle, `broker` or `proxy`; a broker with `keys` or without."""
+
+    name: str
+    middle: str
+    keys: BenchKeys | None = None
+
+
 def measure(
     *, sizes: Sequence[int], count: int, window: int, rounds: int, progress: Progress
 ) -> dict[str, Any]:
@@ -48,22 +58,15 @@ def measure(
 
     Each round sends `count` requests of each of the `sizes` (bytes of payload), fewer of large ones.
     """
-    found: dict[tuple[int, str], list[float]] = {}
-    waits: dict[tuple[int, str], list[float]] = {}
+    ways = (Way("proxy", "proxy"), Way("broker", "broker"))
     with tempfile.TemporaryDirectory() as logs, Processes(Path(logs)) as processes:
-        for number in range(rounds):
-            for size in sizes:
-                requests = max(64, min(count, (256 << 20) // size))
-                for middle in ("proxy", "broker"):
-                    progress(f"round {number + 1} of {rounds}, {size} bytes, {middle}")
-                    with line(middle, processes, requests) as socket:
-                        rate, latencies = load(socket, middle, size, requests, window)
-                    found.setdefault((size, middle), []).append(rate)
-                    waits.setdefault((size, middle), []).extend(latencies)
+        rates, waits = in_turns(processes, ways, sizes, count, window, rounds, progress)
     rows = []
     for size in sizes:
-        broker, proxy = found[size, "broker"], found[size, "proxy"]
-        percentiles = {m: statistics.quantiles(waits[size, m], n=100) for m in ("broker", "proxy")}
+        broker, proxy = rates[size, "broker"], rates[size, "proxy"]
+        percentiles = {
+            way.name: statistics.quantiles(chain.from_iterable(waits[size, way.name]), n=100) for way in ways
+        }
         rows.append(
             {
                 "bytes": size,
@@ -77,8 +80,32 @@ def measure(
     return {"window": window, "rows": rows}
 
 
+def in_turns(
+    processes: Processes,
+    ways: Sequence[Way],
+    sizes: Sequence[int],
+    count: int,
+    window: int,
+    rounds: int,
+    progress: Progress,
+) -> tuple[dict[tuple[int, str], list[float]], dict[tuple[int, str], list[list[float]]]]:
+    """Round trips per second, and the seconds of single ones, of each size and way in each round."""
+    rates: dict[tuple[int, str], list[float]] = {}
+    waits: dict[tuple[int, str], list[list[float]]] = {}
+    for number in range(rounds):
+        for size in sizes:
+            requests = max(64, min(count, (256 << 20) // size))
+            for way in ways:
+                progress(f"round {number + 1} of {rounds}, {size} bytes, {way.name}")
+                with _line(way.middle, processes, requests, way.keys) as socket:
+                    rate, latencies = _load(socket, way.middle, size, requests, window)
+                rates.setdefault((size, way.name), []).append(rate)
+                waits.setdefault((size, way.name), []).append(latencies)
+    return rates, waits
+
+
 @contextlib.contextmanager
-def line(middle: str, processes: Processes, requests: int, keys: BenchKeys | None = None) -> Iterator[Socket]:
+def _line(middle: str, processes: Processes, requests: int, keys: BenchKeys | None) -> Iterator[Socket]:
     """A connected client socket, with the middle and an echo behind it; of a broker, with `keys` or not."""
     context: zmq.Context[Socket] = zmq.Context()
     ours, theirs = _SPAWN.Pipe()
@@ -149,7 +176,7 @@ def _echo(endpoint: str, middle: str, requests: int, keys: LinkKeys | None) -> N
             socket.send_multipart([*peers, answer, payload], copy=False)
 
 
-def load(socket: Socket, middle: str, size: int, requests: int, window: int) -> tuple[float, list[float]]:
+def _load(socket: Socket, middle: str, size: int, requests: int, window: int) -> tuple[float, list[float]]:
     """Requests per second with `window` under way, and the seconds of each one sent alone."""
     specs = (TensorSpec("f32", (size // 4,), "raw", (size,)),)
     fields: dict[str, Any] = {"session": "s", "rows": (0,), "starts": (0,), "lengths": (1,)}

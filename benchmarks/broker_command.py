@@ -1,22 +1,34 @@
 """`trunkline bench broker`: routed messages a second, beside a plain proxy."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-_COUNT = click.IntRange(min=1)
+_OPTIONS = (
+    click.option("--sizes", default="1024,65536,1048576", show_default=True, help="Bytes of payload."),
+    click.option(
+        "--count", default=4000, show_default=True, type=click.IntRange(min=64), help="Requests a round."
+    ),
+    click.option(
+        "--window", default=32, show_default=True, type=click.IntRange(1, 64), help="Requests at once."
+    ),
+    click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1)),
+    click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here."),
+)
+
+
+def round_trip_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every benchmark of round trips through a broker can be told."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
 
 @click.command("broker")
-@click.option("--sizes", default="1024,65536,1048576", show_default=True, help="Bytes of payload.")
-@click.option(
-    "--count", default=4000, show_default=True, type=click.IntRange(min=64), help="Requests a round."
-)
-@click.option("--window", default=32, show_default=True, type=click.IntRange(1, 64), help="Requests at once.")
-@click.option("--rounds", default=5, show_default=True, type=_COUNT)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
+@round_trip_options
 def broker(sizes: str, count: int, window: int, rounds: int, json_path: Path | None) -> None:
     """How many messages a second does the broker route, beside zmq.proxy, which only passes them on?
 

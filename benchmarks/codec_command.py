@@ -61,11 +61,10 @@ def codec(json_path: Path | None, plot: bool, **given: Any) -> None:
       trunkline bench codec --model smollm2-135m --text passages.txt --tokens 4096
     """
     from benchmarks.codec import measure
-    from benchmarks.plots import check_plots, rate_distortion
+    from benchmarks.plots import picture_beside, rate_distortion
     from silo_agent.report import write_report
 
-    if json_path is not None and plot:
-        check_plots()
+    picture = picture_beside(json_path, plot)
     console = Console()
     with Console(stderr=True).status("reading the model") as status:
         results = measure(
@@ -96,8 +95,7 @@ def codec(json_path: Path | None, plot: bool, **given: Any) -> None:
             highlight=False,
         )
     write_report(json_path, "codec", _settings(given), results)
-    if json_path is not None and plot:
-        picture = json_path.with_suffix(".png")
+    if picture is not None:
         rate_distortion(results["rows"], picture)
         console.print(f"plot: {picture}", highlight=False)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.broker import BenchKeys, line, load
+from benchmarks.broker import BenchKeys, Way, in_turns
 from benchmarks.progress import Progress
 from broker.key_files import make_key, read_public, read_secret
 from broker.keyring import allow
@@ -26,24 +26,16 @@ def measure(
     Each round sends `count` requests of each of the `sizes` (bytes of payload), fewer of large ones.
     Ratios and what is added are medians over the rounds: in each round both meet the same machine.
     """
-    rates: dict[tuple[int, bool], list[float]] = {}
-    waits: dict[tuple[int, bool], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as name, Processes(Path(name)) as processes:
-        made = _keys(Path(name))
-        for number in range(rounds):
-            for size in sizes:
-                requests = max(64, min(count, (256 << 20) // size))
-                for keyed in (False, True):
-                    said = "with keys" if keyed else "without keys"
-                    progress(f"round {number + 1} of {rounds}, {size} bytes, {said}")
-                    with line("broker", processes, requests, made if keyed else None) as socket:
-                        rate, latencies = load(socket, "broker", size, requests, window)
-                    rates.setdefault((size, keyed), []).append(rate)
-                    waits.setdefault((size, keyed), []).append(statistics.quantiles(latencies, n=100))
+        ways = Way("without keys", "broker"), Way("with keys", "broker", _keys(Path(name)))
+        rates, waits = in_turns(processes, ways, sizes, count, window, rounds, progress)
     rows = []
     for size in sizes:
-        plain, curve = rates[size, False], rates[size, True]
-        percentiles = list(zip(waits[size, False], waits[size, True], strict=True))
+        plain, curve = (rates[size, way.name] for way in ways)
+        percentiles = [
+            tuple(statistics.quantiles(latencies, n=100) for latencies in pair)
+            for pair in zip(*(waits[size, way.name] for way in ways), strict=True)
+        ]
         rows.append(
             {
                 "bytes": size,

@@ -6,17 +6,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-_COUNT = click.IntRange(min=1)
+from benchmarks.broker_command import round_trip_options
 
 
 @click.command("curve")
-@click.option("--sizes", default="1024,65536,1048576", show_default=True, help="Bytes of payload.")
-@click.option(
-    "--count", default=4000, show_default=True, type=click.IntRange(min=64), help="Requests a round."
-)
-@click.option("--window", default=32, show_default=True, type=click.IntRange(1, 64), help="Requests at once.")
-@click.option("--rounds", default=5, show_default=True, type=_COUNT)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
+@round_trip_options
 def curve(sizes: str, count: int, window: int, rounds: int, json_path: Path | None) -> None:
     """What do keys cost? Round trips through a real broker with CURVE and without, in turns.
 

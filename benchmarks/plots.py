@@ -74,9 +74,15 @@ def lines(
     plt.close(figure)
 
 
-def check_plots() -> None:
-    """Raises `UsageError` if matplotlib is not there: before a long measurement, not after it."""
+def picture_beside(report: Path | None, wanted: bool) -> Path | None:
+    """Where the plot of a `report` goes, if it is wanted and there is a report.
+
+    Raises `UsageError` if matplotlib is not there: before a long measurement, not after it.
+    """
+    if report is None or not wanted:
+        return None
     _pyplot()
+    return report.with_suffix(".png")
 
 
 def _family(row: Mapping[str, Any]) -> str:

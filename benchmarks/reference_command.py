@@ -48,7 +48,7 @@ def reference(plot: bool, json_path: Path | None, **given: Any) -> None:
       trunkline bench reference --json reference.json
       trunkline bench reference --rtt-ms 10 --mbit 1000 --seconds 4
     """
-    from benchmarks.plots import check_plots, ladder
+    from benchmarks.plots import ladder, picture_beside
     from benchmarks.ways import Size, generation_ways, measure, training_ways
     from codec.errors import UsageError
     from silo_agent.report import write_report
@@ -56,8 +56,7 @@ def reference(plot: bool, json_path: Path | None, **given: Any) -> None:
     runtime.quiet_libraries()
     if given["padded_to"] < given["length"]:
         raise UsageError(f"{given['length']} tokens do not fit into {given['padded_to']}")
-    if json_path is not None and plot:
-        check_plots()
+    picture = picture_beside(json_path, plot)
     how = {"accumulate": given["accumulate"], "window": given["window"], "wire": given["wire"]}
     with Console(stderr=True).status("starting") as status:
         results = measure(
@@ -88,7 +87,6 @@ def reference(plot: bool, json_path: Path | None, **given: Any) -> None:
         console.print(f"{found['times_r1']:.1f} × R1, {found['times_r0']:.1f} × R0\n", highlight=False)
     settings = given | {"pace_source": PACES[given["pace"]].source}
     write_report(json_path, "reference", settings, {"paced": True, **results})
-    if json_path is not None and plot:
-        picture = json_path.with_suffix(".png")
+    if picture is not None:
         ladder({task: found["rows"] for task, found in results.items()}, label, picture)
         console.print(f"plot: {picture}", highlight=False)

@@ -25,14 +25,13 @@ def scale(silos: str, seconds: float, plot: bool, json_path: Path | None) -> Non
       trunkline bench scale --silos 1,64 --seconds 3
     """
     from benchmarks.numbers import numbers
-    from benchmarks.plots import check_plots, lines
+    from benchmarks.plots import lines, picture_beside
     from benchmarks.scale import measure
     from silo_agent.report import write_report
 
     runtime.quiet_libraries()
     wanted = [int(number) for number in numbers(silos, least=1, example="--silos 1,64,512")]
-    if json_path is not None and plot:
-        check_plots()
+    picture = picture_beside(json_path, plot)
     with Console(stderr=True).status("starting") as status:
         results = measure(silos=wanted, seconds=seconds, progress=status.update)
     table = Table(
@@ -51,8 +50,7 @@ def scale(silos: str, seconds: float, plot: bool, json_path: Path | None) -> Non
     console = Console()
     console.print(table)
     write_report(json_path, "scale", {"silos": wanted, "seconds": seconds}, results)
-    if json_path is not None and plot:
-        picture = json_path.with_suffix(".png")
+    if picture is not None:
         names = {
             "tokens_per_s": "tokens per second",
             "fairness": "fairness",

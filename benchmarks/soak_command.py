@@ -37,14 +37,13 @@ def soak(
       trunkline bench soak --json soak.json
       trunkline bench soak --minutes 1 --silos 3
     """
-    from benchmarks.plots import check_plots, lines
+    from benchmarks.plots import lines, picture_beside
     from benchmarks.soak import measure
     from codec.partition import Partition
     from silo_agent.report import write_report
 
     runtime.quiet_libraries()
-    if json_path is not None and plot:
-        check_plots()
+    picture = picture_beside(json_path, plot)
     with Console(stderr=True).status("starting") as status:
         results = measure(
             model, Partition(head, tail), minutes=minutes, slots=silos, seed=seed, progress=status.update
@@ -68,8 +67,7 @@ def soak(
         "seed": seed,
     }
     write_report(json_path, "soak", settings, results)
-    if json_path is not None and plot:
-        picture = json_path.with_suffix(".png")
+    if picture is not None:
         rows = [
             {"seconds": at, **{name: values[index][1] for name, values in results["samples"].items()}}
             for index, (at, _) in enumerate(results["samples"]["broker"])

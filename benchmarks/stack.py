@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.figures import Sample, growth
-from codec.errors import LinkError
-from silo_agent.processes import Process, Processes
+from silo_agent.processes import Processes
 
 _START_S = 120.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -28,47 +27,26 @@ class Stack:
         mbit: float = 0.0,
     ) -> None:
         """Start them; `worker` are options of `trunkline bench worker`. Raises if one does not start."""
-        self._running: dict[str, Process] = {}
-        self._processes = processes
-        listen = ("broker", "--listen", "tcp://127.0.0.1:0")
-        self.endpoint = broker = self._listener("broker", "listening on ", *listen)
-        self._meters = [_Meter() for _ in range(workers)]
-        for number, meter in enumerate(self._meters):
-            name = f"worker-{number}"
+        self.endpoint = broker = processes.broker(timeout=_START_S)
+        self._meters = {f"worker-{number}": _Meter() for number in range(workers)}
+        for name, meter in self._meters.items():
             options = ("bench", "worker", "--broker", broker, "--name", name, *worker)
-            self._running[name] = processes.start(name, *options, on_line=meter.hear)
+            processes.start(name, *options, on_line=meter.hear)
+        names = ["broker", *self._meters]
         if rtt_ms or mbit:
             relay = ("relay", "--listen", "tcp://127.0.0.1:0", "--to", broker)
             shape = ("--rtt-ms", f"{rtt_ms:g}", "--mbit", f"{mbit:g}")
-            self.endpoint = self._listener("relay", "relaying ", *relay, *shape)
-        for number, meter in enumerate(self._meters):
-            self._wait(f"worker-{number}", meter.begun)
-
-    def _listener(self, name: str, says: str, *arguments: str) -> str:
-        endpoint: list[str] = []
-        listening = threading.Event()
-
-        def on_line(line: str) -> None:
-            if line.startswith(says):
-                endpoint.append(line.removeprefix(says).split()[0])
-                listening.set()
-
-        self._running[name] = self._processes.start(name, *arguments, on_line=on_line)
-        self._wait(name, listening)
-        return endpoint[0]
-
-    def _wait(self, name: str, event: threading.Event) -> None:
-        until = time.monotonic() + _START_S
-        while not event.wait(0.05):
-            self._running[name].check()
-            if time.monotonic() > until:
-                raise LinkError(
-                    f"{name} did not start within {_START_S:g} s", hint=self._running[name].where()
-                )
+            self.endpoint = processes.listener("relay", "relaying ", *relay, *shape, timeout=_START_S)
+            names.append("relay")
+        for name, meter in self._meters.items():
+            processes.wait(name, meter.begun, _START_S)
+        self._running = {name: processes[name] for name in names}
 
     def busy(self, begin: float, end: float) -> float:
         """The share of the time between two moments that a worker's trunk computed, the workers' mean."""
-        return sum(growth(meter.counter("busy"), begin, end) for meter in self._meters) / len(self._meters)
+        return sum(growth(meter.counter("busy"), begin, end) for meter in self._meters.values()) / len(
+            self._meters
+        )
 
     def timeline(self, begin: float, end: float, every: float) -> list[list[float]]:
         """`busy` in slices of `every` seconds: `[seconds since begin, share]`."""
@@ -79,7 +57,7 @@ class Stack:
     def tokens_per_pass(self, begin: float, end: float) -> float:
         """Mean tokens of a pass, forward or backward, between two moments."""
         tokens, passes = (
-            sum(growth(meter.counter(what), begin, end) for meter in self._meters)
+            sum(growth(meter.counter(what), begin, end) for meter in self._meters.values())
             for what in ("tokens", "passes")
         )
         return tokens / passes if passes else 0.0
@@ -87,7 +65,7 @@ class Stack:
     def settle(self, moment: float) -> None:
         """Wait until every worker has told its counters of `moment`. Raises if one has ended."""
         until = time.monotonic() + 5.0
-        while any(meter.latest < moment for meter in self._meters) and time.monotonic() < until:
+        while any(meter.latest < moment for meter in self._meters.values()) and time.monotonic() < until:
             for process in self._running.values():
                 process.check()
             time.sleep(0.02)

@@ -63,14 +63,13 @@ def throughput(mode: str, runs: int | None, plot: bool, json_path: Path | None, 
       trunkline bench throughput --pace llama-2-7b-h100 --silos 8 --rtt-ms 50 --mbit 100
       trunkline bench throughput --task generate --silos 16 --mode lockstep
     """
-    from benchmarks.plots import busy_timeline, check_plots
+    from benchmarks.plots import busy_timeline, picture_beside
     from benchmarks.throughput import Settings, measure
     from codec.errors import UsageError
     from silo_agent.report import write_report
 
     runtime.quiet_libraries()
-    if json_path is not None and plot:
-        check_plots()
+    picture = picture_beside(json_path, plot)
     for name, value in (_PACED if given["pace"] else _REAL).items():
         given[name] = given[name] or value
     given["runs"] = runs or min(given["workers"], given["silos"])
@@ -99,7 +98,6 @@ def throughput(mode: str, runs: int | None, plot: bool, json_path: Path | None, 
     if settings.pace:
         report["pace_source"] = PACES[settings.pace].source
     write_report(json_path, "throughput", report, results)
-    if json_path is not None and plot:
-        picture = json_path.with_suffix(".png")
+    if picture is not None:
         busy_timeline(results["timeline"], label, picture)
         console.print(f"plot: {picture}", highlight=False)

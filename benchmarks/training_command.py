@@ -40,14 +40,13 @@ def train(silos: str, plot: bool, json_path: Path | None, **given: Any) -> None:
       trunkline bench train --model tiny --silos 1,2 --steps 3 --rounds 1
     """
     from benchmarks.numbers import numbers
-    from benchmarks.plots import check_plots, lines
+    from benchmarks.plots import lines, picture_beside
     from benchmarks.training import Settings, measure
     from silo_agent.report import write_report
 
     runtime.quiet_libraries()
     wanted = [int(number) for number in numbers(silos, least=1, example="--silos 1,2,4")]
-    if json_path is not None and plot:
-        check_plots()
+    picture = picture_beside(json_path, plot)
     settings = Settings(**given)
     with Console(stderr=True).status("reading the model") as status:
         results = measure(settings, wanted, status.update)
@@ -63,8 +62,7 @@ def train(silos: str, plot: bool, json_path: Path | None, **given: Any) -> None:
     console = Console()
     console.print(table)
     write_report(json_path, "train", dataclasses.asdict(settings) | {"silos": wanted}, results)
-    if json_path is not None and plot:
-        picture = json_path.with_suffix(".png")
+    if picture is not None:
         names = {"tokens_per_s": "split, tokens per second", "ratio": "times centralised"}
         lines(results["rows"], "silos", names, picture)
         console.print(f"plot: {picture}", highlight=False)

@@ -1,27 +1,17 @@
 """`trunkline bench worker`: a worker that tells how long its trunk computed."""
 
-import secrets
-
 import click
 
 from benchmarks.pace import PACES
 from workers import runtime  # before torch: it sets how idle threads wait
-
-_MIB = 1 << 20
+from workers.commands import MIB, kv_memory_option
 
 
 @click.command("worker")
 @click.option("--broker", required=True, metavar="URL", help="The broker, tcp://127.0.0.1:7555.")
 @click.option("--pace", type=click.Choice(list(PACES)), help="Take this GPU's time instead of computing.")
 @click.option("--model", default="smollm2-135m", show_default=True, help="Without --pace: what to compute.")
-@click.option(
-    "--kv-memory",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    metavar="MIB",
-    help="Bound on the KV caches of all sessions together.",
-)
+@kv_memory_option
 @click.option("--name", default="worker", show_default=True, help="How logs call this worker.")
 def worker(broker: str, pace: str | None, model: str, kv_memory: int, name: str) -> None:
     """A worker for benchmarks: it prints how long its trunk computed, ten times a second.
@@ -38,9 +28,8 @@ def worker(broker: str, pace: str | None, model: str, kv_memory: int, name: str)
     from broker.link import ZmqLink
     from broker.shutdown import stop_on_signals
     from codec import logs, partition
-    from codec.messages import Attach
     from workers.checkpoint import Checkpoint
-    from workers.serve import credit_of, serve
+    from workers.serve import serve, worker_attach
     from workers.service import TrunkService
     from workers.span import Span
 
@@ -55,23 +44,14 @@ def worker(broker: str, pace: str | None, model: str, kv_memory: int, name: str)
         checkpoint = Checkpoint(model)
         blocks = partition.Span(0, checkpoint.blocks)
         span, card = Span(checkpoint, blocks), checkpoint.card(range(checkpoint.blocks))
-    attach = Attach(
-        role="worker",
-        name=name,
-        peer=secrets.token_bytes(16),
-        model=card,
-        start=0,
-        stop=card.blocks,
-        credit=credit_of(span),
-    )
-    service = TrunkService(span, card, kv_memory * _MIB)
+    service = TrunkService(span, card, kv_memory * MIB)
 
     def counters() -> Counters:
         busy = service.busy
         passes, tokens = (sum(of.values()) for of in (dict(busy.passes), dict(busy.tokens)))
         return {"busy": busy.seconds, "passes": passes, "tokens": tokens}
 
-    link = ZmqLink(broker, attach)
+    link = ZmqLink(broker, worker_attach(span, card, name))
     try:
         tell(meter.counters if pace else counters, click.echo, stop)
         serve(link, service, stop)

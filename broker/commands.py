@@ -41,7 +41,7 @@ def broker(listen: str, keys: Path | None, metrics: str | None, silence: float) 
     Examples:
       trunkline broker
       trunkline broker --listen tcp://127.0.0.1:0 --metrics 127.0.0.1:9100
-      trunkline broker --listen tcp://0.0.0.0:7555 --keys keys
+      trunkline broker --listen tcp://10.0.0.5:7555 --keys keys
     """
     logs.configure()
     server = Server(listen, Router(Limits(silence=silence)), KeyRing(keys) if keys else None)

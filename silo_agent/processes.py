@@ -139,10 +139,14 @@ class Processes:
                 endpoint.append(line.removeprefix(says).split()[0])
                 listening.set()
 
-        process = self.start(name, *arguments, on_line=on_line)
-        deadline = time.monotonic() + timeout
-        while not listening.wait(0.05):
+        self.start(name, *arguments, on_line=on_line)
+        self.wait(name, listening, timeout)
+        return endpoint[0]
+
+    def wait(self, name: str, started: threading.Event, timeout: float) -> None:
+        """Wait until a process has `started`. Raises what it failed with, or `LinkError`."""
+        process, deadline = self[name], time.monotonic() + timeout
+        while not started.wait(0.05):
             process.check()
             if time.monotonic() > deadline:
                 raise LinkError(f"the {name} did not start within {timeout:g} s", hint=process.where())
-        return endpoint[0]

@@ -1,6 +1,5 @@
 """`trunkline worker` and `trunkline models`."""
 
-import secrets
 import socket
 from pathlib import Path
 
@@ -9,7 +8,15 @@ import click
 from broker.key_files import link_keys
 from workers import runtime  # before torch: it sets how idle threads wait
 
-_MIB = 1 << 20
+MIB = 1 << 20
+kv_memory_option = click.option(
+    "--kv-memory",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    metavar="MIB",
+    help="Bound on the KV caches of all sessions together.",
+)
 
 
 @click.command("worker")
@@ -18,14 +25,7 @@ _MIB = 1 << 20
 @click.option("--blocks", metavar="START:STOP", help="Blocks to host.  [default: all]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True)
-@click.option(
-    "--kv-memory",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    metavar="MIB",
-    help="Bound on the KV caches of all sessions together.",
-)
+@kv_memory_option
 @click.option(
     "--activation-memory",
     type=click.IntRange(min=1),
@@ -80,10 +80,9 @@ def worker(
     from broker.metrics import serve_metrics
     from broker.shutdown import stop_on_signals
     from codec import logs, partition
-    from codec.messages import Attach
     from workers.checkpoint import Checkpoint
     from workers.metrics import WorkerMetrics
-    from workers.serve import credit_of, serve
+    from workers.serve import serve, worker_attach
     from workers.service import TrunkService
     from workers.span import Span
 
@@ -96,21 +95,12 @@ def worker(
     where = runtime.choose_device(device)
     span = Span(checkpoint, hosted, dtype=runtime.choose_dtype(dtype, where), device=where)
     card = checkpoint.card(range(hosted.start, hosted.stop))
-    attach = Attach(
-        role="worker",
-        name=name,
-        peer=secrets.token_bytes(16),
-        model=card,
-        start=hosted.start,
-        stop=hosted.stop,
-        credit=credit_of(span),
-    )
     log = logs.Log("worker")
-    log.say("hosting", model=model, blocks=str(hosted), mib=span.weight_bytes // _MIB, device=str(where))
-    service = TrunkService(span, card, kv_memory * _MIB, activation_memory * _MIB)
+    log.say("hosting", model=model, blocks=str(hosted), mib=span.weight_bytes // MIB, device=str(where))
+    service = TrunkService(span, card, kv_memory * MIB, activation_memory * MIB)
     if metrics:
         click.echo(f"metrics at {serve_metrics(metrics, WorkerMetrics(service), 'worker')}")
-    link = ZmqLink(broker, attach, patience=patience, keys=keys)
+    link = ZmqLink(broker, worker_attach(span, card, name), patience=patience, keys=keys)
     try:
         serve(link, service, stop, drain_s=drain)
     finally:

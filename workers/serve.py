@@ -6,6 +6,7 @@ interpreter's lock while they work. The order of a silo's messages is kept: each
 
 import contextlib
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from broker.link import Link
 from broker.parcel import Parcel
 from codec.errors import TrunklineError
 from codec.logs import Log
-from codec.messages import Drain
+from codec.messages import Attach, Drain
+from codec.plan import ModelCard
 from workers.inbound import Work, open_up
 from workers.replies import Reply, encoded, unexpected
 from workers.service import TrunkService
@@ -32,10 +34,22 @@ _MAX_OPEN_BYTES = 2 << 30
 _FULL_S = 0.01
 
 
-def credit_of(span: Span) -> int:
-    """Tokens that a broker may have under way to a worker: what computes now, and what fills the next
-    pass while it does, with room for micro-batches that are larger than that."""
-    return 8 * span.filling
+_CREDIT = 8
+"""Passes' worth of tokens that a broker may have under way to a worker: what computes now and what fills
+the next pass while it does, with room for micro-batches that are larger than that."""
+
+
+def worker_attach(span: Span, card: ModelCard, name: str) -> Attach:
+    """The introduction of a worker called `name` that hosts `span`, with a fresh secret identity."""
+    return Attach(
+        role="worker",
+        name=name,
+        peer=secrets.token_bytes(16),
+        model=card,
+        start=span.blocks.start,
+        stop=span.blocks.stop,
+        credit=_CREDIT * span.filling,
+    )
 
 
 def serve(link: Link, service: TrunkService, stop: Event, *, drain_s: float = 0.0) -> None:
