@@ -12,7 +12,7 @@ import zmq
 from benchmarks.replay import Replay
 from broker.parcel import Parcel
 from codec.errors import ProtocolError, TrunklineError, UnavailableError, UsageError
-from codec.messages import Answer, Attach, Error, Heartbeat, Leave, Welcome
+from codec.messages import Answer, Attach, Error, Heartbeat, Leave, Welcome, kind_of
 
 Socket = zmq.Socket[bytes]
 
@@ -59,8 +59,7 @@ class _Silo:
     def say(self, parcel: Parcel) -> int:
         """Send; bytes sent."""
         if parcel.header.id:
-            kind = str(type(parcel.header).__struct_config__.tag)
-            self.sent[parcel.header.id] = kind, time.monotonic()
+            self.sent[parcel.header.id] = kind_of(parcel.header), time.monotonic()
         self.socket.send_multipart(parcel.frames(), zmq.NOBLOCK, copy=False)
         return parcel.size + len(parcel.raw)
 

@@ -54,15 +54,13 @@ class PacedSpan(Span):
         """See `Span.run_parts`: each part's `packed` `[T, hidden]` comes back after the time of a pass."""
         work = []
         for part in parts:
-            for cache, new in zip(part.caches or (), part.lengths, strict=bool(part.caches)):
-                cache.check_room(new)
+            part.check_room()
             cached = sum(cache.length for cache in part.caches or ()) + (part.tokens if part.caches else 0)
             work.append(Work(part.blocks or self.blocks, len(part.packed), cached))
         apply: Any = _Passage.apply
         outputs = apply(self, work, *(part.packed for part in parts))
         for part in parts:
-            for cache, new in zip(part.caches or (), part.lengths, strict=False):
-                cache.advance(new)
+            part.advance()
         return list(outputs)
 
     def compute(self, work: Sequence[Work], *, backward: bool) -> None:

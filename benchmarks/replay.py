@@ -199,39 +199,15 @@ class Generation:
         return numbered(request, next(self._ids), crossings)
 
 
-class Decoding:
+class Decoding(Generation):
     """One session: a prompt, then decode steps without end, each of which counts when it comes back.
 
     After `new` of them it rolls back to the prompt's end, so that its context stays about as long.
     """
 
-    def __init__(self, trunk: Trunk, prompt: Crossing, token: Crossing, new: int) -> None:
-        """As `Generation`."""
-        self.tokens = 0
-        self._trunk, self._prompt, self._token, self._new = trunk, prompt, token, new
-        self._ids = count(1)
-        self._begun = False
-
-    def opening(self) -> Parcel:
-        """See `Replay.opening`."""
-        return numbered(open_session(self._trunk, _SESSION, self._prompt.tokens + self._new), next(self._ids))
-
-    def answered(self, header: Answer) -> list[Parcel]:
-        """See `Replay.answered`."""
-        if isinstance(header, Opened):
-            return [self._extend(0, self._prompt)]
-        check_result(
-            header, self._token.tokens if self._begun else self._prompt.tokens, self._trunk.card.hidden
-        )
-        self.tokens += self._begun
-        self._begun = True
-        return [self._extend(self._prompt.tokens + self.tokens % self._new, self._token)]
-
-    def _extend(self, start: int, crossing: Crossing) -> Parcel:
-        request = Extend(
-            session=_SESSION, rows=(0,), starts=(start,), lengths=(crossing.tokens,), wire=self._trunk.wire
-        )
-        return numbered(request, next(self._ids), [crossing])
+    def _advance(self) -> None:
+        self.tokens += bool(self._made)
+        self._made = 1 + self.tokens % self._new
 
 
 def open_session(

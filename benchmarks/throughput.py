@@ -77,7 +77,7 @@ def measure(settings: Settings, progress: Progress) -> dict[str, Any]:
             progress(f"round {number + 1} of {settings.rounds}, in one process")
             direct = _directly(source, settings)
             progress(f"round {number + 1} of {settings.rounds}, {settings.silos} silos")
-            served, found = _round(stack, replays(source, settings, f"round-{number}"), settings.seconds)
+            served, found = one_round(stack, replays(source, settings, f"round-{number}"), settings.seconds)
             rounds.append(found | {"inprocess_tokens_per_s": direct})
             rounds[-1]["ratio_to_inprocess"] = found["tokens_per_s"] / direct
             for kind, seconds in served.waits.items():
@@ -131,7 +131,11 @@ def _directly(source: Source, settings: Settings) -> float:
     )
 
 
-def _round(stack: Stack, silos: Sequence[Replay], seconds: float) -> tuple[Served, dict[str, Any]]:
+def one_round(stack: Stack, silos: Sequence[Replay], seconds: float) -> tuple[Served, dict[str, Any]]:
+    """Let the silos work for about `seconds`; what they measured, and what that comes to.
+
+    Raises `TrunklineError` if one of them failed.
+    """
     with Load(stack.endpoint, silos) as load:
         load.warm_up()
         begun, before = time.monotonic(), stack.cpu_seconds()

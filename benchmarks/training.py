@@ -18,12 +18,11 @@ from transformers import AutoTokenizer
 
 from benchmarks.progress import Progress
 from benchmarks.reference import Reference, whole_model
-from codec.errors import TrunklineError
 from codec.plan import RunPlan
 from silo_agent.data import chat_examples
 from silo_agent.demo.commands import CLINICS, data_file
 from silo_agent.microbatch import Example, MicroBatch, batches
-from silo_agent.processes import Process, Processes
+from silo_agent.processes import Process, Processes, wait_for_all
 from workers.checkpoint import Checkpoint
 
 _DEADLINE_S = 1800.0
@@ -89,15 +88,7 @@ class _Split:
     def train(self, settings: Settings, number: int) -> dict[str, float]:
         """Tokens per second of all silos after the first step, and how busy the trunk was."""
         silos = [self._start(settings, number, silo) for silo in range(number)]
-        until = time.monotonic() + _DEADLINE_S
-        while any(silo.running() for silo in silos):
-            for process in (*silos, self._worker):
-                process.check()
-            if time.monotonic() > until:
-                raise TrunklineError(f"the silos did not end within {_DEADLINE_S:g} s", hint=silos[0].where())
-            time.sleep(0.05)
-        for silo in silos:
-            silo.wait(_DEADLINE_S)
+        wait_for_all(silos, self._worker, _DEADLINE_S, "the silos did not end")
         reports = [json.loads((self._place / f"{silo}.json").read_text()) for silo in range(number)]
         return throughput_of([report["results"]["steps"] for report in reports])
 

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from benchmarks.figures import latencies_ms
-from benchmarks.load import Load
 from benchmarks.pace import PACES, PacedModel
 from benchmarks.progress import Progress
 from benchmarks.published import MaskedTraining, PublishedGeneration
 from benchmarks.recording import Recorded, crossing, made_up
 from benchmarks.replay import Crossing, Replay, Replayed, Training, Trunk
 from benchmarks.stack import Stack
-from codec.errors import TrunklineError
+from benchmarks.throughput import one_round
 from codec.messages import Wire
 from codec.partition import Partition
 from silo_agent.processes import Processes
@@ -126,18 +125,9 @@ def compared(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measured(stack: Stack, silos: Sequence[Replay], seconds: float) -> dict[str, Any]:
-    with Load(stack.endpoint, silos) as load:
-        load.warm_up()
-        served = load.measure(seconds)
-        stack.settle(served.ended)
-    if served.errors:
-        raise TrunklineError(f"{len(served.errors)} silos failed; the first: {served.errors[0]}")
-    return {
-        "tokens_per_s": sum(served.rates),
-        "bytes_per_token": served.size / max(1, served.tokens),
-        "trunk_busy": stack.busy(served.begun, served.ended),
-        "latency_ms": latencies_ms(served.waits),
-    }
+    served, found = one_round(stack, silos, seconds)
+    told = ("tokens_per_s", "bytes_per_token", "trunk_busy")
+    return {name: found[name] for name in told} | {"latency_ms": latencies_ms(served.waits)}
 
 
 def _training(

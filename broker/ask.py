@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from codec.messages import Backward, Extend, Forward, Request
+from codec.messages import Backward, CloseSession, Extend, Forward, OpenSession, Request
 
 
 class Rank(IntEnum):
@@ -31,6 +31,13 @@ class Ask(Struct, eq=False):
 
 
 A = TypeVar("A", bound=Ask)
+
+
+def flow_of(silo: bytes, header: Request) -> Flow:
+    """What a silo's request is about."""
+    if isinstance(header, Extend | OpenSession | CloseSession):
+        return silo, "session", header.session
+    return silo, "run", header.run
 
 
 def cost(header: Request) -> tuple[Rank, int]:

@@ -1,5 +1,6 @@
 """Who is attached, and who holds which session and run."""
 
+from broker.ask import flow_of
 from broker.chain import Chain
 from broker.pool import Worker
 from broker.routes import choose_route, choose_worker
@@ -73,16 +74,17 @@ class Registry:
             self.runs.pop(run).load -= 1
 
     def _open(self, silo: Silo, header: OpenSession | OpenRun) -> Hold:
+        flow = flow_of(silo.alias, header)
         wanted = header.model, Span(header.start, header.stop), header.encodings
         if isinstance(header, OpenRun):
             home = self.runs.get(header.run)
             if home is None:
                 home = self.runs[header.run] = choose_worker(self.workers.values(), *wanted)
                 home.load += 1
-            return Hold((silo.alias, "run", header.run), home)
+            return Hold(flow, home)
         stages = choose_route(self.workers.values(), *wanted)
         chain = Chain(header.session, stages) if len(stages) > 1 else None
-        hold = Hold((silo.alias, "session", header.session), stages[0].worker, chain)
+        hold = Hold(flow, stages[0].worker, chain)
         for worker in hold.workers:
             worker.load += 1
         return hold

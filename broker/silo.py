@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from broker.ask import Ask, Flow
+from broker.ask import Ask, Flow, flow_of
 from broker.chain import Chain
 from broker.parcel import Parcel
 from broker.pool import Peer, Worker
 from codec.errors import LimitError, ProtocolError
-from codec.messages import CloseSession, Extend, OpenRun, OpenSession, Request, Role
+from codec.messages import OpenRun, OpenSession, Request, Role
 
 
 @dataclass(slots=True, eq=False)
@@ -84,9 +84,8 @@ class Silo(Peer):
 
     def names(self, header: Request) -> tuple[dict[str, Hold], str]:
         """Where this request's name is kept, and the name."""
-        if isinstance(header, Extend | OpenSession | CloseSession):
-            return self.sessions, header.session
-        return self.runs, header.run
+        _, kind, name = flow_of(self.alias, header)
+        return (self.sessions if kind == "session" else self.runs), name
 
     def holds(self) -> Iterator[Hold]:
         """Everything this silo has at workers that are still there."""

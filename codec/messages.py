@@ -292,6 +292,12 @@ Answer = Opened | Done | Result | Committed | Adapter | Error
 Control = Attach | Welcome | Heartbeat | Leave | Drain | Gone
 AnyHeader = Request | Answer | Control
 
+
+def kind_of(header: Header) -> str:
+    """What a header's `kind` says."""
+    return str(type(header).__struct_config__.tag)
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyHeader] = msgspec.msgpack.Decoder(AnyHeader)
 _VERSION = bytes([PROTOCOL])

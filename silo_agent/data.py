@@ -118,7 +118,8 @@ def _answer(
     if index == 0:
         raise DataError("the first message is the assistant's: there is nothing that it answers")
     before = _rendered(tokenizer, messages[:index], template, answer_next=True)
-    behind = _rendered(tokenizer, messages[: index + 1], template, answer_next=False)
+    last = index + 1 == len(messages)
+    behind = whole if last else _rendered(tokenizer, messages[: index + 1], template, answer_next=False)
     if not behind.startswith(before) or not whole.startswith(behind):
         raise DataError(
             "the chat template rewrites earlier turns, so what is to be learned cannot be told",

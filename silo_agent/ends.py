@@ -8,7 +8,7 @@ from torch import Tensor
 from codec.partition import Partition
 from codec.plan import LoraPlan, ModelCard
 from workers.checkpoint import Checkpoint
-from workers.lora import adapter_tensors, add_adapter, load_adapter
+from workers.lora import adapter_tensors, add_adapter
 from workers.span import Span
 
 _KEY = "silo"
@@ -38,9 +38,7 @@ class Ends:
     def adapt(self, plan: LoraPlan, seed: int, initial: Mapping[str, Tensor] | None = None) -> None:
         """Add LoRA to both ends; `initial` values, by global name, replace the fresh ones."""
         for span in (self.head, self.tail):
-            add_adapter(span, _KEY, plan, seed)
-            if initial:
-                load_adapter(span, _KEY, initial)
+            add_adapter(span, _KEY, plan, seed, initial=initial or None)
         self.adapter_key = _KEY
 
     def head_adapter(self) -> dict[str, Tensor]:

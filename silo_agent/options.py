@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from silo_agent.remote import Remote
     from silo_agent.session import Session
     from silo_agent.wires import Choice, Wires
+
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 _OPTIONS = [
     click.option("--broker", required=True, metavar="URL", help="The broker, tcp://127.0.0.1:7555."),
@@ -135,17 +137,24 @@ class Silo:
         return {**dataclasses.asdict(self.remote.traffic), "wires": self.wires.report()}
 
 
-def silo_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the shared options to a command; it gets them as one `SiloOptions`."""
+def gathered(name: str, kind: Callable[..., Any], options: Sequence[Callable[[Any], Any]]) -> Decorator:
+    """A decorator that adds `options` to a command, which gets them as `name`: one dataclass `kind`."""
 
-    @functools.wraps(command)
-    def wrapped(**given: Any) -> None:
-        shared = {name: given.pop(name) for name in SiloOptions.__dataclass_fields__}
-        command(SiloOptions(**shared), **given)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> None:
+            chosen = {field.name: given.pop(field.name) for field in dataclasses.fields(cast("Any", kind))}
+            command(**given, **{name: kind(**chosen)})
 
-    for option in reversed(_OPTIONS):
-        wrapped = option(wrapped)
-    return wrapped
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+silo_options = gathered("options", SiloOptions, _OPTIONS)
+"""Add the shared options to a command; it gets them as one `SiloOptions` named `options`."""
 
 
 @contextmanager

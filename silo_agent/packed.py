@@ -10,7 +10,7 @@ from broker.parcel import Frames, Parcel
 from codec.errors import FrameError
 from codec.frames import check_specs
 from codec.masks import encode_mask
-from codec.messages import Request, Wire
+from codec.messages import Request, Wire, kind_of
 from codec.tensors import encode_tensors
 
 
@@ -25,7 +25,7 @@ class Packed:
     @property
     def kind(self) -> str:
         """What the header's `kind` says."""
-        return str(self.request.__struct_config__.tag)
+        return kind_of(self.request)
 
     @property
     def size(self) -> int:
@@ -52,7 +52,7 @@ def pack(
     """
     if not tensors and mask is None:
         return Packed(request, (), 0)
-    kind = str(request.__struct_config__.tag)
+    kind = kind_of(request)
     specs, frames = encode_tensors(tensors, wire, kind, step=step, stochastic=stochastic)
     try:
         # A broker drops the connection of who sends more than this.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from codec.errors import LinkError, TrunklineError
@@ -97,6 +97,23 @@ class Process:
         self._reader.join(_STOP_S)
         if self._popen.stdout is not None:
             self._popen.stdout.close()
+
+
+def wait_for_all(silos: Sequence[Process], beside: Process, seconds: float, what: str) -> None:
+    """Until all silos ended well.
+
+    Raises as soon as one of them, or the process `beside` them, fails; and `what` did not happen once
+    `seconds` are over.
+    """
+    deadline = time.monotonic() + seconds
+    while any(silo.running() for silo in silos):
+        for process in (*silos, beside):
+            process.check()
+        if time.monotonic() > deadline:
+            raise TrunklineError(f"{what} within {seconds:g} s", hint=silos[0].where())
+        time.sleep(0.05)
+    for silo in silos:
+        silo.wait(seconds)
 
 
 class Processes:

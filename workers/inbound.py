@@ -14,9 +14,9 @@ from broker.parcel import Parcel
 from codec.errors import FrameError, MismatchError, TrunklineError
 from codec.logs import Log
 from codec.masks import decode_mask
-from codec.messages import AnyHeader, Backward, Extend, Forward, Request
+from codec.messages import AnyHeader, Backward, Extend, Forward, Request, kind_of
 from codec.tensors import decode_tensors
-from workers.replies import kind_of, unexpected
+from workers.replies import unexpected
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -35,14 +35,20 @@ def peft_config(plan: LoraPlan) -> LoraConfig:
 
 
 def add_adapter(
-    span: Span, key: str, plan: LoraPlan, seed: int, blocks: partition.Span | None = None
+    span: Span,
+    key: str,
+    plan: LoraPlan,
+    seed: int,
+    blocks: partition.Span | None = None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Add adapter `key` to every target layer of the span, or of its part `blocks`.
 
-    It starts as a no-op (B is zero).
+    It starts with the values `initial`, by global name, or as a no-op (B is zero). A starts as PEFT
+    starts it (Kaiming uniform), drawn per tensor from `seed` and the tensor's global name, so that every
+    partition of a run begins with the same adapter. Weights are fp32.
 
-    A starts as PEFT starts it (Kaiming uniform), drawn per tensor from `seed` and the tensor's
-    global name, so that every partition of a run begins with the same adapter. Weights are fp32.
+    Raises `MismatchError` if `initial` does not fit; nothing is left behind then.
     """
     check_targets(span.model.config, plan.targets)
     span.adapters.add(key)
@@ -55,8 +61,22 @@ def add_adapter(
     config._register_custom_module({nn.Linear: layer})
     inject_adapter_in_model(config, layers, adapter_name=key)
     del layers.peft_config  # PEFT would take the next adapter for a mistake.
-    for name, weight in adapter_tensors(span, key).items():
+    weights = adapter_tensors(span, key)
+    for weight in weights.values():
         weight.data = weight.data.to(torch.float32)
+    if initial is None:
+        _draw(weights, seed)
+    else:
+        try:
+            load_adapter(span, key, initial)
+        except MismatchError:
+            drop_adapter(span, key)
+            raise
+    _train_all(span)
+
+
+def _draw(weights: Mapping[str, Tensor], seed: int) -> None:
+    for name, weight in weights.items():
         if ".lora_B." in name:
             nn.init.zeros_(weight)
         else:
@@ -65,7 +85,6 @@ def add_adapter(
             first = torch.empty(weight.shape)
             nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
             weight.data.copy_(first)
-    _train_all(span)
 
 
 def drop_adapter(span: Span, key: str) -> None:

@@ -1,6 +1,6 @@
 """What requests bring to a pass, and who is in which blocks of it. Decisions only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -40,6 +40,19 @@ class Part:
     def rows(self) -> int:
         """Rows of its result."""
         return self.tokens if self.keep is None else len(self.keep)
+
+    def check_room(self) -> None:
+        """Have room for the new tokens in every cache. Raises `LimitError` if there is none."""
+        for cache, length in self._growing():
+            cache.check_room(length)
+
+    def advance(self) -> None:
+        """The pass is complete: its tokens belong to the caches."""
+        for cache, length in self._growing():
+            cache.advance(length)
+
+    def _growing(self) -> Iterable[tuple[RowCache, int]]:
+        return () if self.caches is None else zip(self.caches, self.lengths, strict=True)
 
     def squares(self, device: torch.device) -> list[Tensor | None]:
         """The mask's square `[length, length]` of each sequence; None where it is causal."""

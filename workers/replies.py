@@ -9,7 +9,7 @@ from torch import Tensor
 from broker.parcel import Parcel, error_parcel
 from codec.errors import FrameError, TrunklineError
 from codec.logs import Log
-from codec.messages import AnyHeader, Wire
+from codec.messages import AnyHeader, Wire, kind_of
 from codec.tensors import encode_tensors
 
 
@@ -50,8 +50,3 @@ def unexpected(error: Exception) -> TrunklineError:
 def error_header(request: int, error: TrunklineError) -> AnyHeader:
     """An error as the answer to `request`."""
     return error_parcel(request, error).header
-
-
-def kind_of(header: AnyHeader) -> str:
-    """A header's kind, for people."""
-    return str(type(header).__struct_config__.tag)

@@ -14,7 +14,7 @@ from codec.messages import AnyHeader, Commit, Committed
 from codec.plan import RunPlan
 from workers.busy import Busy
 from workers.ledger import Ledger
-from workers.lora import adapter_tensors, add_adapter, drop_adapter, load_adapter
+from workers.lora import adapter_tensors, add_adapter, drop_adapter
 from workers.optimizer import PartOptimizer, clip_factor
 from workers.span import Span
 
@@ -38,13 +38,7 @@ class TrunkRun:
         self._span, self.key, self.blocks = span, key, blocks
         self.ledger = Ledger(plan)
         self._initial = dict(initial)
-        add_adapter(span, key, plan.lora, plan.seed, blocks)
-        try:
-            if initial:
-                load_adapter(span, key, initial)
-        except Exception:
-            drop_adapter(span, key)
-            raise
+        add_adapter(span, key, plan.lora, plan.seed, blocks, initial or None)
         self.parameters = adapter_tensors(span, key)
         self._optimizer = PartOptimizer(plan, self.parameters)
         self._ends: dict[bytes, dict[str, Tensor]] = {}

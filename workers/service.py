@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from broker.ask import Rank, cost, flow_of
 from codec.errors import TrunklineError
 from codec.logs import Log
 from codec.messages import (
@@ -33,7 +34,7 @@ from codec.messages import (
 )
 from codec.plan import ModelCard
 from workers.activations import Activations, Gradient, MicroBatch
-from workers.agenda import MAX_PASS_TOKENS, Agenda, Job, Kind, Pass, Share
+from workers.agenda import MAX_PASS_TOKENS, Agenda, Job, Pass, Share
 from workers.busy import Busy
 from workers.holdings import Holdings, named
 from workers.inbound import Trunk, Work
@@ -113,27 +114,21 @@ class TrunkService:
     def _job(self, work: Work) -> Job:
         """Where a request belongs on the agenda."""
         silo, header = work.silo, work.header
-        if isinstance(header, OpenSession | Extend | CloseSession):
-            flow: tuple[object, ...] = (silo, "session", header.session)
-        elif isinstance(header, Request):
-            flow = (silo, "run", header.run)
-        else:
+        if not isinstance(header, Request):
             return Job(silo, "alone")
-        if work.trouble is None:
-            match header:
-                case Extend():
-                    kind: Kind = "decode" if max(header.lengths) == 1 else "prefill"
-                    whole = kind == "decode" or work.mask is not None
-                    return Job(silo, kind, flow, flow, sum(header.lengths), whole)
-                case Forward():
-                    return Job(silo, "forward", flow, (*flow, header.microbatch), sum(header.lengths))
-                case Backward():
-                    unit = (*flow, header.microbatch)
-                    tokens = len(work.tensors[0])
-                    group = self.activations.group((silo, header.run, header.microbatch))
-                    due = work.arrived + self._forward_s
-                    return Job(silo, "backward", flow, unit, tokens, group=group, due=due)
-        return Job(silo, "alone", flow)
+        flow = flow_of(silo, header)
+        if work.trouble is not None or not isinstance(header, Extend | Forward | Backward):
+            return Job(silo, "alone", flow)
+        rank, tokens = cost(header)
+        if isinstance(header, Extend):
+            decode = rank is Rank.DECODE
+            whole = decode or work.mask is not None
+            return Job(silo, "decode" if decode else "prefill", flow, flow, tokens, whole)
+        unit = (*flow, header.microbatch)
+        if isinstance(header, Forward):
+            return Job(silo, "forward", flow, unit, tokens)
+        group = self.activations.group((silo, header.run, header.microbatch))
+        return Job(silo, "backward", flow, unit, tokens, group=group, due=work.arrived + self._forward_s)
 
     def _learn(self, chosen: Pass, seconds: float) -> None:
         """How much of a prompt a decode pass can bear, and how long micro-batches wait for each other."""

@@ -10,7 +10,7 @@ from codec import partition
 from codec.errors import LimitError, ProtocolError
 from codec.messages import Extend, OpenSession
 from workers.kv import PAGE, KVMemory, RowCache
-from workers.lora import add_adapter, drop_adapter, load_adapter
+from workers.lora import add_adapter, drop_adapter
 from workers.parts import Part
 from workers.span import Span
 
@@ -45,8 +45,7 @@ class TrunkSession:
             for row in self._rows:
                 row.check_room(first)
             if opening.adapter is not None:
-                add_adapter(span, key, opening.adapter, seed=0, blocks=self.blocks)
-                load_adapter(span, key, adapter)
+                add_adapter(span, key, opening.adapter, 0, self.blocks, adapter)
         except Exception:
             self.close()
             raise

@@ -183,8 +183,7 @@ class Span:
             joined = self._pass(self.view(blocks), joined, [parts[index] for index in members])
         self._part(values, parts, present, joined)
         for part in parts:
-            for cache, length in zip(part.caches or (), part.lengths, strict=bool(part.caches)):
-                cache.advance(length)
+            part.advance()
         return values
 
     def _check(self, parts: Sequence[Part]) -> None:
@@ -198,8 +197,7 @@ class Span:
                 raise MismatchError(f"the ends of a model run whole, not their blocks {part.blocks} alone")
             if part.adapter is not None and part.adapter not in self.adapters:
                 raise ValueError(f"the span has no adapter {part.adapter!r}")
-            for cache, length in zip(part.caches or (), part.lengths, strict=bool(part.caches)):
-                cache.check_room(length)
+            part.check_room()
         if len({part.caches is None for part in parts}) > 1:
             raise ValueError("parts with caches and parts without cannot share a pass")
 

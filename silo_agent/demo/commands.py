@@ -11,9 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from codec.errors import TrunklineError
 from silo_agent.display import progress_bar, step_facts
-from silo_agent.processes import Process, Processes
+from silo_agent.processes import Process, Processes, wait_for_all
 from silo_agent.report import write_report
 from workers import catalog
 
@@ -100,7 +99,7 @@ def _train(
             options += ["--progress=jsonl", f"--json={files[clinic]}"]
             show = partial(_show_step, progress, task)
             silos.append(processes.start(clinic, "silo", "train", *shared, *options, on_line=show))
-        _wait(silos, worker)
+        wait_for_all(silos, worker, _DEADLINE_S, "the demo did not get on")
     return {clinic: json.loads(file.read_text())["results"] for clinic, file in files.items()}
 
 
@@ -116,21 +115,8 @@ def _ask(processes: Processes, worker: Process, shared: list[str], out: Path) ->
         files[label] = out / f"answer-{label}.json"
         options = [f"--prompt={_QUESTION}", "--max-tokens=48", f"--json={files[label]}", *extra]
         silos.append(processes.start(f"ask-{label}", "silo", "generate", *shared, *options))
-    _wait(silos, worker)
+    wait_for_all(silos, worker, _DEADLINE_S, "the demo did not get on")
     return {label: json.loads(file.read_text())["results"] for label, file in files.items()}
-
-
-def _wait(silos: list[Process], worker: Process) -> None:
-    """Until all silos ended well. Raises as soon as one of the processes fails."""
-    deadline = time.monotonic() + _DEADLINE_S
-    while any(silo.running() for silo in silos):
-        for process in (*silos, worker):
-            process.check()
-        if time.monotonic() > deadline:
-            raise TrunklineError(f"the demo did not get on within {_DEADLINE_S:g} s", hint=silos[0].where())
-        time.sleep(0.05)
-    for silo in silos:
-        silo.wait(_DEADLINE_S)
 
 
 def _show(console: Console, reports: dict[str, dict[str, Any]], answers: dict[str, dict[str, Any]]) -> None:

@@ -1,13 +1,12 @@
 """The options that say which task, on which data."""
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from codec.errors import DataError, UsageError
+from silo_agent.options import gathered
 from silo_agent.tasks.item import Item
 from silo_agent.tasks.source import Split, find_file, read_threads
 from silo_agent.tasks.task import NAMES, Task, find_task
@@ -101,14 +100,5 @@ class DataOptions:
         )
 
 
-def data_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add these options to a command; it gets them as one `DataOptions` named `data`."""
-
-    @functools.wraps(command)
-    def wrapped(*shared: Any, **given: Any) -> None:
-        chosen = {name: given.pop(name) for name in DataOptions.__dataclass_fields__}
-        command(*shared, data=DataOptions(**chosen), **given)
-
-    for option in reversed(_OPTIONS):
-        wrapped = option(wrapped)
-    return wrapped
+data_options = gathered("data", DataOptions, _OPTIONS)
+"""Add these options to a command; it gets them as one `DataOptions` named `data`."""
