@@ -40,7 +40,7 @@ def write_report(path: Path | None, bench: str, settings: dict[str, Any], result
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w") as file:
-            json.dump(report, file, indent=2)
+            json.dump(report, file, indent=2, default=os.fspath)  # Options hold paths.
             file.write("\n")
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)

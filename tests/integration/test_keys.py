@@ -1,5 +1,6 @@
 """A broker open to the network, a worker and a silo with keys: as docs/security.md sets it up."""
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +42,11 @@ def test_keys_from_end_to_end(processes: Processes, trunkline: Run, tmp_path: Pa
     assert "refused this key, 'north'" in refused.stderr.splitlines()[-1]
 
     keys("allow", "north/north.public", "--role", "silo", "--dir", "hub")
-    answer = generate(*with_key)
+    answer = generate(*with_key, "--json", "answer.json")
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip()
+    settings = json.loads((tmp_path / "answer.json").read_text())["settings"]
+    assert settings["key"] == str(north), "which key, and nothing of what is in it"
 
     keys("revoke", "gpu1", "--dir", "hub")
     with pytest.raises(TrunklineError, match="has revoked this key"):
