@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from broker.heap import keep_freed_memory
 from broker.keyring import KeyRing
 from broker.metrics import BrokerMetrics, serve_metrics
 from broker.router import Limits, Router
@@ -44,6 +45,7 @@ def broker(listen: str, keys: Path | None, metrics: str | None, silence: float) 
       trunkline broker --listen tcp://10.0.0.5:7555 --keys keys
     """
     logs.configure()
+    keep_freed_memory()
     server = Server(listen, Router(Limits(silence=silence)), KeyRing(keys) if keys else None)
     try:
         if metrics:

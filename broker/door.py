@@ -48,15 +48,15 @@ class Door:
         self._watch = Watch(socket)
         threading.Thread(target=self._run, name="door", daemon=True).start()
 
-    def admit(self, route: zmq.Frame, parcel: Parcel) -> Parcel:
-        """What the router may believe of a message whose first frame is `route`.
+    def admit(self, route: bytes, frame: zmq.Frame, parcel: Parcel) -> Parcel:
+        """What the router may believe of a message that came on `route`; `frame` is any of its frames.
 
         Raises `RefusedError` for an introduction that its connection's key does not allow.
         """
         if self._gate is None or not isinstance(parcel.header, Attach):
             return parcel
         try:
-            return Parcel.of(self._gate.admit(route.bytes, str(route.get("User-Id")), parcel.header))
+            return Parcel.of(self._gate.admit(route, str(frame.get("User-Id")), parcel.header))
         except RefusedError as error:
             self._complain("attach refused", why=error.what)
             raise

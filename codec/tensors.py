@@ -1,7 +1,7 @@
 """Torch tensors to frames and back. The broker never imports this module (it needs torch)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from codec.quantise import (
     quantise,
     quantise_blocks,
 )
+from codec.staging import download, settle, upload
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "f32": torch.float32,
@@ -45,6 +46,9 @@ _LARGEST_BODY = 128
 
 _ALIGNMENT = 4
 
+_Frame = Callable[[], tuple[TensorSpec, Buffer]]
+"""Makes a frame of a tensor that is packed and on its way to the host."""
+
 _NIBBLES_FROM = 10.0
 """Root mean square in steps from which the low nibbles of codes are as good as random."""
 
@@ -60,6 +64,13 @@ def encode_tensor(
     bytes leave a GPU. `boundary` names what is being sent, for errors. Raises `FrameError` if a value
     is not finite (fp16 overflows at 65504) or the dtype is not in the table.
     """
+    frame = _leaving(tensor, wire, boundary, step, stochastic)
+    settle(tensor.device)
+    return frame()
+
+
+def _leaving(tensor: Tensor, wire: Wire, boundary: str, step: float, stochastic: bool) -> _Frame:
+    """Tell the tensor's device all that is to be done there, and what makes the frame of it once it is."""
     sent = tensor.detach()
     if wire in _CASTS:
         sent = sent.to(_CASTS[wire])
@@ -68,7 +79,7 @@ def encode_tensor(
         raise FrameError(f"{boundary}: {sent.dtype} does not cross; {', '.join(_WIRE_DTYPES.values())} do")
     shape = tuple(sent.shape)
     if not sent.numel():
-        return encode_raw(torch.empty(0, dtype=torch.uint8).numpy(), name, shape)
+        return lambda: encode_raw(torch.empty(0, dtype=torch.uint8).numpy(), name, shape)
     size = Size.of(sent)
     if not math.isfinite(size.norm):
         raise FrameError(
@@ -78,20 +89,23 @@ def encode_tensor(
     most = _most(sent.dtype)
     if wire in _BLOCK_BITS:
         if size.norm > most / 2 and float(sent.abs().max()) > most / 2:
-            return encode_tensor(sent, "exact", boundary)  # A value rounded up might not be finite.
+            # A value rounded up might not be finite.
+            return _leaving(sent, "exact", boundary, step, stochastic)
         steps, body = quantise_blocks(_flat(sent), _BLOCK_BITS[wire], stochastic=stochastic)
-        return encode_blocks(_planes(body, nibbles=True), _bytes(steps), name, shape)
+        planes, steps = _planes(body, nibbles=True), download(steps)
+        return lambda: encode_blocks(planes.numpy(), _bytes(steps), name, shape)
     if wire == "steps":
         width = max(step or size.step(sent.numel(), gradient=stochastic), _MIN_STEP)
         if _LARGEST_BODY * width > most:
-            return encode_tensor(sent, "exact", boundary)
+            return _leaving(sent, "exact", boundary, step, stochastic)
         codes = quantise(_flat(sent), width, size.norm, stochastic=stochastic)
         if codes is None:
-            return encode_tensor(sent, "bf16", boundary)
-        nibbles = size.norm > _NIBBLES_FROM * width * math.sqrt(sent.numel())
-        outliers = codes.positions.cpu().numpy(), codes.values.cpu().numpy()
-        return encode_steps(_planes(codes.body, nibbles=nibbles), *outliers, width, name, shape)
-    return (encode_raw if wire == "raw" else encode_planes)(_bytes(sent), name, shape)
+            return _leaving(sent, "bf16", boundary, step, stochastic)
+        planes = _planes(codes.body, nibbles=size.norm > _NIBBLES_FROM * width * math.sqrt(sent.numel()))
+        at, values = download(codes.positions), download(codes.values)
+        return lambda: encode_steps(planes.numpy(), at.numpy(), values.numpy(), width, name, shape)
+    encode, whole = encode_raw if wire == "raw" else encode_planes, download(sent)
+    return lambda: encode(_bytes(whole), name, shape)
 
 
 def _most(dtype: torch.dtype) -> float:
@@ -103,13 +117,12 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.float().contiguous().view(-1)
 
 
-def _planes(body: Tensor, *, nibbles: bool) -> Bytes:
-    planes: Bytes = (split(body) if nibbles else body[None]).cpu().numpy()
-    return planes
+def _planes(body: Tensor, *, nibbles: bool) -> Tensor:
+    return download(split(body) if nibbles else body[None])
 
 
-def _bytes(tensor: Tensor) -> Bytes:
-    flat: Bytes = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+def _bytes(host: Tensor) -> Bytes:
+    flat: Bytes = host.contiguous().view(-1).view(torch.uint8).numpy()
     return flat
 
 
@@ -144,7 +157,7 @@ def _tensor(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tensor:
     if spec.encoding == "blocks":
         tensor = _from_blocks(spec, frame, device).to(dtype)
     else:
-        tensor = _writable(decode(spec, frame)).view(dtype).to(device)
+        tensor = upload(_writable(decode(spec, frame)).view(dtype), device)
     if not math.isfinite(Size.of(tensor).norm):
         raise FrameError(f"NaN or infinity in a tensor of shape {spec.shape}")
     return tensor.reshape(spec.shape)
@@ -162,20 +175,20 @@ def _from_steps(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tensor
         # Told from the largest code: no pass over the values is needed to find them all finite.
         raise FrameError(f"a code of {largest} steps of {spec.step:.3g} is beyond {spec.dtype}")
     body = _body(planes, math.prod(spec.shape), device)
-    return dequantise(Codes(body, positions.to(device), values.to(device)), spec.step)
+    return dequantise(Codes(body, upload(positions, device), upload(values, device)), spec.step)
 
 
 def _from_blocks(spec: TensorSpec, frame: Buffer, device: torch.device) -> Tensor:
     steps, *planes = decode_parts(spec, frame)
     body = _body(planes, math.prod(spec.shape), device)
-    return dequantise_blocks(body, _writable(steps).view(torch.bfloat16).to(device))
+    return dequantise_blocks(body, upload(_writable(steps).view(torch.bfloat16), device))
 
 
 def _body(planes: Sequence[Bytes], elements: int, device: torch.device) -> Tensor:
     """The codes' bytes, in memory of their own: turning them back into codes changes them."""
     if len(planes) == 1:
-        return torch.from_numpy(planes[0].copy()).to(device)
-    low, high = (_writable(plane).to(device) for plane in planes)
+        return upload(torch.from_numpy(planes[0].copy()), device)
+    low, high = (upload(_writable(plane), device) for plane in planes)
     return join(low, high, elements)
 
 
@@ -194,5 +207,11 @@ def encode_tensors(
     stochastic: bool = False,
 ) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
     """Several tensors of one message, in order."""
-    pairs = [encode_tensor(t, wire, boundary, step=step, stochastic=stochastic) for t in tensors]
+    leaving: Iterable[_Frame] = (_leaving(t, wire, boundary, step, stochastic) for t in tensors)
+    if any(tensor.is_cuda for tensor in tensors):
+        # All are told before any is awaited. On a CPU a tensor's frame is made before the next one is
+        # touched: both use the same scratch memory.
+        leaving = list(leaving)
+        settle(tensors[0].device)
+    pairs = [frame() for frame in leaving]
     return tuple(spec for spec, _ in pairs), [frame for _, frame in pairs]

@@ -198,4 +198,6 @@ class _Meter:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return tensor
+        # Kept as itself, an operation's own result would hold its graph, which holds it: one that never
+        # goes backward would stay for ever, out of the garbage collector's sight.
+        return tensor.detach()

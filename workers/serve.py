@@ -20,6 +20,7 @@ from codec.errors import TrunklineError
 from codec.logs import Log
 from codec.messages import Attach, Drain
 from codec.plan import ModelCard
+from codec.staging import settle
 from workers.inbound import Work, open_up
 from workers.replies import Reply, encoded, unexpected
 from workers.service import TrunkService
@@ -123,9 +124,8 @@ def _open(
                 if parcel is None:
                     continue
                 work = open_up(parcel, trunk)
-                if trunk.device.type == "cuda":
-                    # What the computing thread takes is there. It ends a pass before it lets go of it.
-                    torch.cuda.current_stream(trunk.device).synchronize()
+                # What the computing thread takes is there. It ends a pass before it lets go of it.
+                settle(trunk.device)
                 opened += work.bytes
                 inbox.put(work)
             except TrunklineError as error:

@@ -1,5 +1,6 @@
 """Micro-batches of several silos and runs, joined, cut apart and computed again: the gradients stay."""
 
+import gc
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -184,3 +185,18 @@ def test_the_measure_of_a_graph_is_what_it_holds(span: Span, runs: Runs) -> None
                         storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
     total = sum(storages.values())
     assert store.held == pytest.approx(total + one.entry.nbytes, rel=0.1)
+
+
+def test_a_graph_that_never_goes_backward_is_freed(span: Span, runs: Runs) -> None:
+    """Also the first one of a run, which is measured."""
+
+    def left_over() -> int:
+        """Tensors there are once a measured forward is over and dropped."""
+        store, one = Activations(span, AMPLE), batch(runs, NORTH, "first", 0, 5)
+        store.forward([one])
+        store.drop(one.key)
+        del store, one
+        gc.collect()
+        return sum(type(found) is Tensor for found in gc.get_objects())
+
+    assert left_over() == left_over()
