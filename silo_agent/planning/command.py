@@ -66,10 +66,6 @@ def plan_command(options: SiloOptions, data: DataOptions, **given: Any) -> None:
     proposal = propose(measured, wishes)
     why = reasons(measured, wishes, noise, proposal)
     show(lengths, measured, wishes, proposal, why)
-    settings = {
-        **settings_of(options, data),
-        **{key: given[key] for key in ("purpose", "batch", "accumulate")},
-    }
-    write_report(
-        given["json_path"], "silo-plan", settings, results_of(lengths, measured, work, proposal, why)
-    )
+    settings = settings_of(options, data) | {name: given[name] for name in ("purpose", "batch", "accumulate")}
+    results = results_of(lengths, measured, work, proposal, why)
+    write_report(given["json_path"], "silo-plan", settings, results)

@@ -1,4 +1,4 @@
-"""How far the workers are: what a session shows in which made-up hidden states cross. Nothing private does."""
+"""How far the workers are, shown by a session in which made-up hidden states cross and nothing private."""
 
 import contextlib
 import secrets

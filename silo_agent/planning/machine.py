@@ -4,7 +4,6 @@ They are loaded as a silo loads them and run on what a typical pass brings. What
 stands for all of its kind, so this reads no more of a checkpoint than the smallest silo would.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -78,7 +77,7 @@ class Machine:
             return (self._now() - begun,)
 
         with torch.set_grad_enabled(training):
-            ((embed_s,), (predict_s,)) = _medians(embed), _medians(predict)
+            ((embed_s,), (predict_s,)) = _least(embed), _least(predict)
         return Rest(
             embed_s=embed_s / tokens,
             predict_s=predict_s / predicted,
@@ -113,7 +112,7 @@ class Machine:
             output.backward(torch.ones_like(output))
             return between - begun, self._now() - between
 
-        forward_s, backward_s = _medians(turn)
+        forward_s, backward_s = _least(turn)
         return forward_s, backward_s
 
     def _decoded(self, span: Span) -> tuple[float, float]:
@@ -131,7 +130,7 @@ class Machine:
             return (self._now() - begun,)
 
         with torch.no_grad():
-            return _medians(turn)[0], 0.0
+            return _least(turn)[0], 0.0
 
     def _forward(self, span: Span) -> Tensor:
         entry = self._hidden.detach().requires_grad_()
@@ -146,12 +145,12 @@ class Machine:
         return time.perf_counter()
 
 
-def _medians(turn: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-    """The medians of what some turns say, after a first one that warms up; a long one is enough."""
+def _least(turn: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
+    """The least of what some turns say, after a first one that warms up; a long one is enough."""
     first = turn()
     if sum(first) > _LONG_S:
         return first
-    return tuple(statistics.median(column) for column in zip(*(turn() for _ in range(_TURNS)), strict=True))
+    return tuple(map(min, zip(*(turn() for _ in range(_TURNS)), strict=True)))
 
 
 def _weight_bytes(*spans: Span) -> int:

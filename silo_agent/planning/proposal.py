@@ -114,8 +114,9 @@ Part = Literal["silo", "line", "trunk"]
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """What to do. `binding` is what kept the `chosen` partition from having another block; `wanted` is the
-    largest up to the wish that the model can have. `wires` is each boundary's pick. `seconds` is what each part that was measured takes for a token; in training they work beside one
-    another and the `slowest` decides, in generation one after another."""
+    largest up to the wish that the model can have. `wires` is each boundary's pick. `seconds` is what each
+    part that was measured takes for a token; in training they work beside one another, and the `slowest`
+    decides, in generation one after another."""
 
     chosen: Candidate
     wanted: Candidate
@@ -252,4 +253,6 @@ def named(partition: Partition) -> str:
 
 def gigabytes(size: float) -> str:
     """Bytes in words."""
+    if size < 1e8:
+        return f"{size / 1e6:.3g} MB"
     return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"

@@ -30,10 +30,8 @@ def reasons(measured: Measured, wishes: Wishes, noise: NoiseScale, proposal: Pro
             "search over the vocabulary found the text behind every head that was tried",
         ),
         Reason("noise", *_noise(noise)),
-        Reason(
-            "wire", "--wire auto" if len(proposal.crossings) > 1 else "as wished", _wire(measured, proposal)
-        ),
-        Reason("speed", *_speed(measured, wishes, proposal)),
+        Reason("wire", *_wire(measured, proposal)),
+        Reason("speed", *_speed(wishes, proposal)),
     ]
 
 
@@ -60,15 +58,18 @@ def _noise(noise: NoiseScale) -> tuple[str, str]:
     return (said[0], f"as wished; {hurdle}") if said else ("none", f"none was wished for; {hurdle}")
 
 
-def _wire(measured: Measured, proposal: Proposal) -> str:
+def _wire(measured: Measured, proposal: Proposal) -> tuple[str, str]:
     by_wire: dict[str, list[Boundary]] = {}
     for boundary, pick in proposal.wires.items():
         by_wire.setdefault(pick.wire, []).append(boundary)
+    if len(proposal.crossings) == 1:
+        (wire,) = by_wire
+        return f"--wire {wire}", "as wished"
     if len(by_wire) == 1:
         picked = f"{next(iter(by_wire))} everywhere"
     else:
-        picked = "; ".join(f"{wire} {', '.join(boundaries)}" for wire, boundaries in by_wire.items())
-    return f"{picked}: there first at {rate_of(measured)}"
+        picked = "; ".join(f"{wire}: {', '.join(boundaries)}" for wire, boundaries in by_wire.items())
+    return "--wire auto", f"it would pick what is there first at {rate_of(measured)}. {picked}"
 
 
 def rate_of(measured: Measured) -> str:
@@ -80,13 +81,14 @@ def rate_of(measured: Measured) -> str:
     return f"{measured.rate * 8e-6:.3g} Mbit/s"
 
 
-def _speed(measured: Measured, wishes: Wishes, proposal: Proposal) -> tuple[str, str]:
-    parts = ", ".join(f"{_PARTS[part]} {1e3 * s:.2f} s" for part, s in proposal.seconds.items())
+def _speed(wishes: Wishes, proposal: Proposal) -> tuple[str, str]:
+    measured, slowest = proposal.seconds, _PARTS[proposal.slowest]
+    unknown = " and ".join(name for part, name in _PARTS.items() if part not in measured)
+    parts = ", ".join(f"{_PARTS[part]} {1e3 * seconds:.2f} s" for part, seconds in measured.items())
     if wishes.work.training:
-        least = max(proposal.seconds.values())
-        how = f"they work beside one another, and {_PARTS[proposal.slowest]} is the slowest"
+        least, how = max(measured.values()), f"they work beside one another, {slowest} is the slowest"
     else:
-        least = sum(proposal.seconds.values())
-        how = f"one after another, most of it in {_PARTS[proposal.slowest]}"
-    unknown = "" if "trunk" in proposal.seconds else "; the trunk was not measured"
-    return f"{1 / least:.4g} tokens/s at most", f"for 1,000 tokens {parts}: {how}{unknown}"
+        least, how = sum(measured.values()), f"one after another, most of it in {slowest}"
+    said = [how] if len(measured) > 1 else []
+    said += [f"{unknown} not measured"] if unknown else []
+    return f"{1 / least:.4g} tokens/s at most", f"for 1,000 tokens {parts}; {'; '.join(said)}"

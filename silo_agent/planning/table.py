@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ def show(
     """Facts, candidates, wires, and what is proposed and why, on stdout."""
     console = Console(highlight=False)
     for name, fact in _facts(lengths, measured, wishes.work):
-        console.print(f"{name:<8} {fact}")
+        click.echo(f"{name:<8} {fact}")
     console.print(_candidates(proposal))
     console.print(_wires(proposal))
     table = Table("", "proposed", "why", box=SIMPLE_HEAD)
