@@ -24,6 +24,9 @@ BOUNDARIES: Mapping[bool, tuple[Boundary, ...]] = {
 _COMPARED = 4
 """Partitions up to so many blocks on either side are shown beside the one that is proposed."""
 
+_FRAGMENTED = 2
+"""What a pass needs is taken so often: passes differ in size, and an allocator keeps what they freed."""
+
 _TRAINED = 4
 """An adapter that is trained is held as often: weights, gradient, and AdamW's two moments."""
 
@@ -188,7 +191,7 @@ def _memory(measured: Measured, work: Work, partition: Partition) -> int:
     cached = work.cached * sum(block.cache for block in kept)
     passing = work.most * max((block.graph for block in kept), default=0) + work.most_predicted * rest.logits
     graphs = work.most * waiting if work.training else 0
-    return int(weights + graphs + cached + passing)
+    return int(weights + cached + _FRAGMENTED * (graphs + passing))
 
 
 def _kept(measured: Measured, partition: Partition) -> tuple[Block, ...]:
@@ -202,8 +205,8 @@ def _legal(wish: Partition, blocks: int) -> list[Partition]:
     least.spans(blocks)
     return [
         Partition(head, tail)
-        for head in range(least.head, wish.head + 1)
-        for tail in range(least.tail, wish.tail + 1)
+        for head in range(least.head, min(wish.head + 1, blocks))
+        for tail in range(least.tail, min(wish.tail + 1, blocks))
         if head + tail < blocks
     ]
 

@@ -98,7 +98,7 @@ def test_auto_keeps_what_memory_bears_and_answers_the_same(
     run: Run, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = tmp_path / "r.json"
-    for usable, kept in ((1 << 33, (2, 2)), (620_000, (1, 1))):
+    for usable, kept in ((1 << 33, (2, 2)), (660_000, (1, 1))):
         monkeypatch.setattr("silo_agent.planning.measuring.usable_memory", lambda _, usable=usable: usable)
         asked = ["--prompt", "Who is it?", "--max-tokens", 12, "--partition", "auto", "--json", report]
         done = run("generate", *asked)

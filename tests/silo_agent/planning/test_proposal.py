@@ -78,13 +78,13 @@ def test_memory_is_the_sum_of_what_is_held() -> None:
     weights = 50 * MB + 4 * (100 * MB + 4 * MB)
     waiting = 1000 * (3 * 2 + 2) * 1000
     passing = 1000 * 1000 + 500 * 4000
-    assert proposal.chosen.memory == weights + waiting + passing
+    assert proposal.chosen.memory == weights + 2 * (waiting + passing)
 
 
 def test_generation_holds_caches_and_no_graphs() -> None:
     proposal = propose(of(), Wishes(Partition(2, 2), generating_work(4, 250)))
     weights = 50 * MB + 4 * 101 * MB
-    assert proposal.chosen.memory == weights + 1000 * 4 * 100 + 1000 * 1000 + 4 * 4000
+    assert proposal.chosen.memory == weights + 1000 * 4 * 100 + 2 * (1000 * 1000 + 4 * 4000)
 
 
 def test_seconds_are_those_of_blocks_and_logits() -> None:
