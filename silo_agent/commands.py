@@ -3,6 +3,7 @@
 import click
 
 from codec import logs
+from silo_agent.planning.command import plan_command
 from silo_agent.query_commands import chat, evaluate_command, generate_command
 from silo_agent.train_command import train_command
 
@@ -13,5 +14,5 @@ def silo() -> None:
     logs.configure()
 
 
-for _command in (train_command, generate_command, chat, evaluate_command):
+for _command in (plan_command, train_command, generate_command, chat, evaluate_command):
     silo.add_command(_command)

@@ -156,17 +156,30 @@ def gathered(name: str, kind: Callable[..., Any], options: Sequence[Callable[[An
 silo_options = gathered("options", SiloOptions, _OPTIONS)
 """Add the shared options to a command; it gets them as one `SiloOptions` named `options`."""
 
+_BROKER_IF_ANY = click.option("--broker", default="", metavar="URL", help="Measure the way through it too.")
+silo_options_offline = gathered("options", SiloOptions, [_BROKER_IF_ANY, *_OPTIONS[1:]])
+"""The same for a command that can do without a broker; it is empty then."""
+
+
+def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of `--model`. Raises `ModelError` for a model that does not exist or cannot be split."""
+    from transformers import AutoTokenizer
+
+    from workers.checkpoint import Checkpoint
+
+    runtime.quiet_libraries()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(Checkpoint(model).ref)
+    return tokenizer
+
 
 @contextmanager
-def open_silo(options: SiloOptions) -> Iterator[Silo]:
+def open_silo(options: SiloOptions, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Silo]:
     """Load head and tail and attach to the broker; the link is closed at the end.
 
     What `--wire auto` picked is then said on stderr.
 
     Raises any `TrunklineError`: bad options, unknown model, unreachable broker.
     """
-    from transformers import AutoTokenizer
-
     from broker.link import ZmqLink
     from silo_agent.ends import Ends
     from silo_agent.noise import Noise
@@ -174,7 +187,6 @@ def open_silo(options: SiloOptions) -> Iterator[Silo]:
     from silo_agent.wires import Wires
     from workers.checkpoint import Checkpoint
 
-    runtime.quiet_libraries()
     scale = options.scale()
     device = runtime.choose_device(options.device)
     partition = Partition(options.head, options.tail)
@@ -187,7 +199,6 @@ def open_silo(options: SiloOptions) -> Iterator[Silo]:
     try:
         dtype = runtime.choose_dtype(options.dtype, device)
         ends = Ends(checkpoint, partition, dtype=dtype, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.ref)
         wires = Wires(
             options.wire,
             speed=lambda: link.speed,

@@ -9,7 +9,9 @@ import click
 
 from codec.errors import DataError, UsageError
 from silo_agent.display import ask, progress_bar, show_answers, show_scores, stream
-from silo_agent.options import SiloOptions, load_saved, open_silo, silo_options
+from silo_agent.options import SiloOptions, load_saved, load_tokenizer, open_silo, silo_options
+from silo_agent.planning.automatic import partition_option, settled
+from silo_agent.planning.work import generating_work
 from silo_agent.report import settings_of, write_report
 from silo_agent.tasks.options import DataOptions, data_options
 
@@ -20,6 +22,7 @@ _COUNT = click.IntRange(min=1)
 
 @click.command("generate")
 @silo_options
+@partition_option
 @click.option("--prompt", "prompts", multiple=True, help="May be given several times.")
 @click.option("--prompts", "file", type=_LINES, help="One prompt a line; - is standard input.")
 @click.option("--batch", default=16, show_default=True, type=_COUNT, help="Prompts that go on together.")
@@ -59,17 +62,19 @@ def generate_command(options: SiloOptions, **given: Any) -> None:
         given["temperature"], given["top_k"], given["top_p"], given["repetition_penalty"], given["seed"]
     )
     saved = load_saved(given["adapter"])
-    with open_silo(options) as silo:
-        system = [{"role": "system", "content": given["system"]}] if given["system"] else []
-        prompts = [
-            text_ids(silo.tokenizer, text)
-            if given["raw"]
-            else prompt_ids(silo.tokenizer, [*system, {"role": "user", "content": text}], answer_next=True)
-            for text in texts
-        ]
-        capacity = max(len(prompt) for prompt in prompts) + given["max_tokens"]
+    tokenizer = load_tokenizer(options.model)
+    system = [{"role": "system", "content": given["system"]}] if given["system"] else []
+    prompts = [
+        text_ids(tokenizer, text)
+        if given["raw"]
+        else prompt_ids(tokenizer, [*system, {"role": "user", "content": text}], answer_next=True)
+        for text in texts
+    ]
+    rows, capacity = min(len(prompts), given["batch"]), max(map(len, prompts)) + given["max_tokens"]
+    options = settled(options, given["partition"], generating_work(rows, capacity))
+    with open_silo(options, tokenizer) as silo:
         begun = time.monotonic()
-        with silo.session(min(len(prompts), given["batch"]), capacity, saved) as session:
+        with silo.session(rows, capacity, saved) as session:
             answers = generate(
                 session,
                 silo.tokenizer,
@@ -96,6 +101,7 @@ def generate_command(options: SiloOptions, **given: Any) -> None:
 
 @click.command("chat")
 @silo_options
+@partition_option
 @click.option("--system", help="System message of the conversation.")
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
 @click.option("--max-tokens", default=512, show_default=True, type=_COUNT, help="Longest answer.")
@@ -116,7 +122,9 @@ def chat(options: SiloOptions, **given: Any) -> None:
 
     sampling = Sampling(temperature=given["temperature"], top_p=given["top_p"])
     saved = load_saved(given["adapter"])
-    with open_silo(options) as silo, silo.session(1, given["context"], saved) as session:
+    tokenizer = load_tokenizer(options.model)
+    options = settled(options, given["partition"], generating_work(1, given["context"]))
+    with open_silo(options, tokenizer) as silo, silo.session(1, given["context"], saved) as session:
         talk = Conversation(session, silo.tokenizer, silo.stop_tokens, sampling, given["system"])
         while line := ask():
             talk.say(line, given["max_tokens"], lambda text: stream(0, text))
@@ -125,6 +133,7 @@ def chat(options: SiloOptions, **given: Any) -> None:
 
 @click.command("eval")
 @silo_options
+@partition_option
 @data_options
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
 @click.option("--batch", default=4, show_default=True, type=_COUNT, help="Examples done at a time.")
@@ -143,7 +152,11 @@ def evaluate_command(options: SiloOptions, data: DataOptions, **given: Any) -> N
 
     saved = load_saved(given["adapter"])
     task = data.task(given["max_new_tokens"])
-    with open_silo(options) as silo, progress_bar() as bar:
+    rows, asks = given["batch"], task is not None and task.score is not None
+    capacity = data.max_length + (task.new_tokens if task else 0)
+    work = generating_work(rows, capacity, scored=0 if asks else rows * capacity)
+    options = settled(options, given["partition"], work)
+    with open_silo(options, load_tokenizer(options.model)) as silo, progress_bar() as bar:
         shown = bar.add_task(data.task_name, total=None, facts="")
         exam = Exam(
             lambda rows, capacity: silo.session(rows, capacity, saved),

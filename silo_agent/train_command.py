@@ -8,7 +8,9 @@ import click
 
 from codec.plan import checked_plan
 from silo_agent.display import step_display
-from silo_agent.options import SiloOptions, load_saved, open_silo, silo_options
+from silo_agent.options import SiloOptions, load_saved, load_tokenizer, open_silo, silo_options
+from silo_agent.planning.automatic import check_alone, partition_option, settled
+from silo_agent.planning.work import training_work
 from silo_agent.report import settings_of, write_report
 from silo_agent.tasks.options import DataOptions, data_options
 
@@ -29,6 +31,7 @@ def _window(_: click.Context, __: click.Parameter, value: str) -> int | None:
 
 @click.command("train")
 @silo_options
+@partition_option
 @data_options
 @click.option("--out", type=_FILE, required=True, help="Directory for the adapter, in PEFT's format.")
 @click.option("--resume", type=_FILE, help="Begin with this adapter's weights instead of fresh ones.")
@@ -93,28 +96,38 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
     """
     from silo_agent.adapters import check_place, write_adapter
     from silo_agent.training import TrainSettings, train
+    from workers.checkpoint import Checkpoint
     from workers.families import lora_targets
 
     check_place(given["out"])
+    check_alone(given["partition"], given["silos"])
     resume = load_saved(given["resume"])
-    with open_silo(options) as silo:
-        examples = data.examples(silo.tokenizer, "train", everything=given["loss_on"] == "everything")
-        targets = lora_targets(silo.ends.config, given["lora_targets"])
-        plan = checked_plan(
-            silos=given["silos"],
-            steps=given["steps"],
-            ends=given["ends"],
-            lora={"rank": given["rank"], "alpha": given["alpha"], "targets": targets},
-            learning_rate=given["lr"],
-            warmup_steps=given["warmup"],
-            schedule=given["schedule"],
-            clip_norm=given["clip"],
-            weight_decay=given["weight_decay"],
-            seed=given["seed"],
-        )
-        settings = TrainSettings(
-            given["run_name"], given["batch"], given["accumulate"], given["window"], given["patience"]
-        )
+    tokenizer = load_tokenizer(options.model)
+    plan = checked_plan(
+        silos=given["silos"],
+        steps=given["steps"],
+        ends=given["ends"],
+        lora={
+            "rank": given["rank"],
+            "alpha": given["alpha"],
+            "targets": lora_targets(Checkpoint(options.model).config, given["lora_targets"]),
+        },
+        learning_rate=given["lr"],
+        warmup_steps=given["warmup"],
+        schedule=given["schedule"],
+        clip_norm=given["clip"],
+        weight_decay=given["weight_decay"],
+        seed=given["seed"],
+    )
+    settings = TrainSettings(
+        given["run_name"], given["batch"], given["accumulate"], given["window"], given["patience"]
+    )
+    examples = data.examples(tokenizer, "train", everything=given["loss_on"] == "everything")
+    work = training_work(
+        examples, batch=settings.batch, accumulate=settings.accumulate, window=settings.window
+    )
+    options = settled(options, given["partition"], work, plan.lora)
+    with open_silo(options, tokenizer) as silo:
         reports: list[StepReport] = []
         with step_display(given["progress"], plan.steps, options.name) as show:
 

@@ -39,7 +39,7 @@ NEEDS: Mapping[Wire, Encodings] = {
 }
 """The encodings a wire may use."""
 
-_ASSUMED_RATE = 12.5e6
+ASSUMED_RATE = 12.5e6
 """Bytes per second, 100 Mbit/s: until a large message was timed."""
 
 _BESIDE_OTHERS = 2.0
@@ -58,10 +58,13 @@ class Cost:
     fixed_bytes: float
     each_bytes: float
 
+    def bytes(self, elements: int) -> float:
+        """What crosses."""
+        return self.fixed_bytes + elements * self.each_bytes
+
     def seconds(self, elements: int, rate: float) -> float:
         """Encoding, `rate` bytes per second of link, and decoding."""
-        size = self.fixed_bytes + elements * self.each_bytes
-        return _BESIDE_OTHERS * (self.fixed_s + elements * self.each_s) + size / rate
+        return _BESIDE_OTHERS * (self.fixed_s + elements * self.each_s) + self.bytes(elements) / rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +111,11 @@ class Wires:
 
         With `auto`, what all workers read that are attached now: asked once, and kept to.
         """
-        wires = self._usable() if self._wire == "auto" else (self._wire,)
-        return tuple(e for e in ENCODINGS if any(e in NEEDS[wire] for wire in wires))
+        return tuple(e for e in ENCODINGS if any(e in NEEDS[wire] for wire in self._usable()))
 
     def _usable(self) -> tuple[Wire, ...]:
+        if self._wire != "auto":
+            return (self._wire,)
         if not self._candidates:
             readable = {"raw", *self._encodings()}  # Whatever a broker says, every peer reads raw.
             self._candidates = tuple(wire for wire in CANDIDATES if readable.issuperset(NEEDS[wire]))
@@ -121,9 +125,8 @@ class Wires:
         """The wire for a tensor `[tokens, hidden]` that is about to cross `boundary`."""
         if self._wire != "auto":
             return self._wire
-        noise = self._noise if boundary == "head → trunk" else 0.0
-        costs, speed = self._measured(noise, is_gradient(boundary), hidden), self._speed()
-        pick = choose(costs, tokens * hidden, speed.rate if speed else _ASSUMED_RATE)
+        costs, speed = self.costs(boundary, hidden), self._speed()
+        pick = choose(costs, tokens * hidden, speed.rate if speed else ASSUMED_RATE)
         self.picks[boundary] = pick
         return pick.wire
 
@@ -150,7 +153,9 @@ class Wires:
             for boundary, pick in self.picks.items()
         }
 
-    def _measured(self, noise: float, gradient: bool, hidden: int) -> dict[Wire, Cost]:
+    def costs(self, boundary: Boundary, hidden: int) -> Mapping[Wire, Cost]:
+        """What each wire that may be picked costs there, measured when it is first asked for."""
+        noise, gradient = self._noise if boundary == "head → trunk" else 0.0, is_gradient(boundary)
         key = noise, gradient, hidden
         if key not in self._costs:
             few, many = (

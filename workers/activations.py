@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codec.errors import LimitError, MismatchError, UnknownNameError
+from workers.graph import metered
 from workers.parts import Part
 from workers.run import TrunkRun
 from workers.span import Span
@@ -178,26 +179,8 @@ class Activations:
         new = {batch.run.key for batch in batches} - self._per_block.keys()
         if not measure or not new:
             return self._span.run_parts(parts)
-        meter = _Meter(self._span)
-        with torch.autograd.graph.saved_tensors_hooks(meter.saved, lambda tensor: tensor):
+        with metered(self._span) as meter:
             outputs = self._span.run_parts(parts)
         each = meter.bytes / sum(len(batch.entry) * len(batch.run.blocks) for batch in batches)
         self._per_block.update(dict.fromkeys(new, each))
         return outputs
-
-
-class _Meter:
-    """Bytes that a graph keeps besides the weights, each storage once."""
-
-    def __init__(self, span: Span) -> None:
-        self._seen = {p.untyped_storage().data_ptr() for p in span.model.parameters()}
-        self.bytes = 0
-
-    def saved(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        # Kept as itself, an operation's own result would hold its graph, which holds it: one that never
-        # goes backward would stay for ever, out of the garbage collector's sight.
-        return tensor.detach()

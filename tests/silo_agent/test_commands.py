@@ -94,6 +94,37 @@ def test_generate_answers_more_prompts_than_go_on_together(run: Run, tiny: Any) 
     assert done.stdout == "".join(f"> {text}\n{whole_answer(tiny, text, 8)}\n\n" for text in texts)
 
 
+def test_auto_keeps_what_memory_bears_and_answers_the_same(
+    run: Run, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "r.json"
+    for usable, kept in ((1 << 33, (2, 2)), (660_000, (1, 1))):
+        monkeypatch.setattr("silo_agent.planning.measuring.usable_memory", lambda _, usable=usable: usable)
+        asked = ["--prompt", "Who is it?", "--max-tokens", 12, "--partition", "auto", "--json", report]
+        done = run("generate", *asked)
+        assert done.stdout == f"{whole_answer(tiny, 'Who is it?', 12)}\n"
+        settings = json.loads(report.read_text())["settings"]
+        assert (settings["head"], settings["tail"]) == kept
+        assert done.stderr.startswith(f"partition: {kept[0]}, {kept[1]} (")
+
+
+def test_auto_is_there_for_every_command(run: Run, tmp_path: Path, clinics: list[Path]) -> None:
+    data = ["--data", clinics[0], "--limit", 2, "--max-length", 150]
+    learn = ["--steps", 1, "--batch", 1, "--accumulate", 1, "--out", tmp_path / "adapter"]
+    for words in (["train", *data, *learn], ["eval", *data], ["chat", "--context", 100]):
+        assert "partition: 2, 2 (as wished, takes " in run(*words, "--partition", "auto").stderr
+
+
+def test_a_plan_measures_the_way_to_the_trunk(run: Run, tmp_path: Path, clinics: list[Path]) -> None:
+    done = run("plan", "--data", clinics[0], "--wire", "bf16", "--json", tmp_path / "r.json")
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert results["line"]["trunk_s"] > 0
+    assert results["line"]["silent"] == ""
+    assert set(results["seconds"]) == {"silo", "line", "trunk"}
+    assert set(results["wires"].values()) == {"bf16"}
+    assert "the trunk's forward takes" in done.stdout
+
+
 def test_generate_continues_raw_text_up_to_a_stop_string(run: Run, tiny: Any) -> None:
     full = tiny.tokenizer.decode(tiny.greedy(tiny.ids("hello"), 20), skip_special_tokens=True)
     stop = full[9:12]

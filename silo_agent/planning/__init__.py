@@ -1,0 +1,1 @@
+"""How much of a model a silo keeps: measured, and decided from the figures."""
