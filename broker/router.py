@@ -18,6 +18,7 @@ from broker.parcel import Parcel, error_parcel
 from broker.pool import Worker, alias_of, check_attach, common_encodings
 from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
+from broker.status import pool_status
 from codec.errors import LinkError, ProtocolError, TrunklineError, UnavailableError
 from codec.messages import (
     Answer,
@@ -33,6 +34,7 @@ from codec.messages import (
     OpenRun,
     OpenSession,
     Request,
+    Status,
     Welcome,
 )
 
@@ -74,6 +76,8 @@ class Router:
         try:
             if isinstance(header, Attach):
                 return self._attach(route, header, now)
+            if isinstance(header, Status):
+                return [Send(route, Parcel.of(pool_status(self.registry, header.id, now)))]
             if peer is None:
                 return list(_stranger(route, header))
             peer.last_heard = now
@@ -89,6 +93,11 @@ class Router:
         """Forget peers that fell silent."""
         silent = [p for p in self.peers.values() if now - p.last_heard > self.limits.silence]
         return [send for peer in silent for send in self._forget(peer)]
+
+    def farewell(self) -> list[Send]:
+        """The broker is about to end: every peer looks for one now, and not after a silence."""
+        error = LinkError("the broker was told to end", side="broker")
+        return [Send(route, error_parcel(0, error)) for route in self.peers]
 
     def lost(self, route: bytes) -> list[Send]:
         """The connection `route` cannot be written to any more."""

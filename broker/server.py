@@ -82,7 +82,10 @@ class Server:
         self._context.term()
 
     def serve(self, stop: Event) -> None:
-        """Route until `stop` is set, then close the socket."""
+        """Route until `stop` is set, then tell all peers and close the socket.
+
+        Nothing is waited for: what a session or run needs to go on elsewhere its silo has.
+        """
         self._socket.setsockopt(zmq.RCVTIMEO, _TICK_MS)
         due = time.monotonic()
         try:
@@ -98,6 +101,7 @@ class Server:
                     due = now + _TICK_MS / 1000
                     self._send(self.router.tick(now))
                     self._revoke()
+            self._send(self.router.farewell())
         finally:
             self.close()
 
