@@ -94,6 +94,11 @@ class Router:
         silent = [p for p in self.peers.values() if now - p.last_heard > self.limits.silence]
         return [send for peer in silent for send in self._forget(peer)]
 
+    def slept(self, seconds: float) -> None:
+        """The broker itself did not run; what its peers said meanwhile waits to be read."""
+        for peer in self.peers.values():
+            peer.last_heard += seconds
+
     def farewell(self) -> list[Send]:
         """The broker is about to end: every peer looks for one now, and not after a silence."""
         error = LinkError("the broker was told to end", side="broker")

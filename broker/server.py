@@ -17,6 +17,9 @@ from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
 
 _TICK_MS = 250
+_ASLEEP_S = 1.0
+"""A loop this late did not run: the process was stopped, or the machine slept."""
+
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _QUEUE = 1 << 14
@@ -98,6 +101,8 @@ class Server:
                     now = time.monotonic()
                     self._route(frames, now)
                 if now >= due:
+                    if now - due > _ASLEEP_S:
+                        self.router.slept(now - due)
                     due = now + _TICK_MS / 1000
                     self._send(self.router.tick(now))
                     self._revoke()

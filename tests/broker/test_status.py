@@ -137,6 +137,22 @@ def test_a_stopped_broker_is_noticed_in_time(processes: Any) -> None:
     assert ask_pool(endpoint, 5).workers == ()
 
 
+def test_a_broker_that_was_stopped_forgets_nobody_who_beat_meanwhile(
+    processes: Any, connect: Any, introduce: Any, tmp_path: Path
+) -> None:
+    endpoint = processes.broker("--silence", "2")
+    connect(endpoint, introduce("worker", "w"))
+    connect(endpoint, introduce("silo"))
+    settled(endpoint, 1)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        os.kill(processes["broker"].pid, number)
+        time.sleep(3)
+    pool = ask_pool(endpoint, 5)
+    assert (len(pool.workers), pool.silos) == (1, 1)
+    log = (tmp_path / "logs" / "broker.log").read_text()
+    assert log.count('"peers"') == 2, "two came, and nobody was forgotten"
+
+
 @pytest.fixture
 def processes(tmp_path: Path) -> Any:
     from silo_agent.processes import Processes
