@@ -119,6 +119,7 @@ def _results(
         "training_steps": tally.steps,
         "training_runs": tally.runs,
         "disturbances": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "left_out": stage.left_out,
         "kills": sum(kind.startswith("kill") for kind in kinds),
         "lost": len(tally.lost),
         "first_lost": tally.lost[:5],

@@ -73,8 +73,8 @@ def _tell(results: dict[str, Any]) -> None:
     done = ", ".join(f"{number} {kind}" for kind, number in results["disturbances"].items())
     click.echo(f"disturbances: {done}; {results['kills']} kills")
     click.echo(
-        f"requests: {results['requests']} ({results['generations']} generations of {results['tokens']} tokens, "
-        f"{results['training_steps']} training steps in {results['training_runs']} finished runs)"
+        f"requests: {results['requests']} ({results['generations']} generations of {results['tokens']} "
+        f"tokens, {results['training_steps']} training steps in {results['training_runs']} finished runs)"
     )
     click.echo(f"lost: {results['lost']}, wrong: {results['wrong']}")
     for what in (*results["first_lost"], *results["fallen"][:5]):

@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class _Role:
 
 
 class Stage:
-    """A context with a broker and workers at work. `endpoint` is where silos attach, over a link of theirs."""
+    """A context with broker and workers at work. `endpoint` is where silos attach, over a link of theirs."""
 
     def __init__(self, processes: Processes, cast: Cast, seed: int) -> None:
         """Start them. Raises `TrunklineError` if that fails."""
@@ -68,6 +69,7 @@ class Stage:
         self.fallen: list[str] = []
         """Who ended unasked, and its last words."""
         self.deeds: list[Deed] = []
+        self.left_out = 0
         broker = ("broker", "--listen", self._broker, "--silence", f"{cast.silence:g}")
         self._roles = {BROKER: self._cast_role(BROKER, broker)}
         for name in names:
@@ -91,19 +93,19 @@ class Stage:
     def perform(self, plan: Sequence[Disturbance], seconds: float, progress: Progress) -> None:
         """Do what the plan says for `seconds`, then put everything right again.
 
-        A disturbance waits, and with it all after it, until its target is up; and one of a worker until
-        another is there too, since to take the last one is to measure how fast a process starts.
+        A disturbance is left out if its target is down, and one of a worker if no other is there: to take
+        the last one is to measure how fast a process starts.
         """
-        begun, late, asked = time.monotonic(), 0.0, 0.0
-        coming = list(plan)
+        begun = time.monotonic()
+        coming = deque(plan)
         while (now := time.monotonic()) < begun + seconds:
             self._repair(now)
-            if coming and now >= begun + coming[0].at + late and now - asked >= _ASK_S * bool(late):
-                asked = now
-                if self._ready(coming[0]):
-                    self._do(coming.pop(0), now)
-                    continue  # Of two at one moment the second waits for nobody.
-                late = max(late, now - begun - coming[0].at)
+            while coming and now >= begun + coming[0].at:
+                disturbance = coming.popleft()
+                if self._ready(disturbance):
+                    self._do(disturbance, now)
+                else:
+                    self.left_out += 1
             progress(f"{now - begun:.0f} of {seconds:.0f} s, {len(self.deeds)} disturbances")
             time.sleep(_TICK_S)
         while any(role.deed for role in self._roles.values()) or self._cuts:

@@ -20,6 +20,7 @@ from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
 from broker.status import pool_status
 from codec.errors import LinkError, ProtocolError, TrunklineError, UnavailableError
+from codec.limits import MAX_PENDING
 from codec.messages import (
     Answer,
     AnyHeader,
@@ -57,7 +58,7 @@ class Limits:
 
     heartbeat: float = 1.0
     silence: float = 10.0
-    requests: int = 1024
+    requests: int = MAX_PENDING
     bytes: int = 1 << 30
 
 
@@ -133,13 +134,27 @@ class Router:
             heartbeat=self.limits.heartbeat,
             resumed=before is not None,
             encodings=common_encodings(self.registry.workers.values()),
+            pending=tuple(sorted(peer.pending)) if isinstance(peer, Silo) else (),
         )
         sends.append(Send(route, Parcel.of(welcome)))
         if isinstance(peer, Worker):
             if moved:
-                peer.inbox.renew()
+                sends += self._interrupted(peer)
             sends += self._released(peer)
         return sends
+
+    def _interrupted(self, worker: Worker) -> Iterator[Send]:
+        """A worker's connection broke: what was on it, there or back, may be lost with nobody to say so."""
+        why = f"the connection to worker {worker.name!r} broke before it answered"
+        error = UnavailableError(why, side="worker", hint="Repeat the command.")
+        for pending in worker.inbox.renew():
+            silo, hold = pending.silo, pending.hold
+            if silo.take(pending):
+                silo.owed.add(pending.number)  # Its answer may come all the same.
+                yield Send(silo.route, error_parcel(pending.number, error))
+            elif hold.chain is not None and not hold.lost and pending.number in silo.pending:
+                hold.lost = worker.name
+                yield from self._break(silo, hold, error)
 
     def _control(self, peer: Silo | Worker, header: AnyHeader) -> list[Send]:
         if isinstance(header, Heartbeat):
@@ -249,8 +264,11 @@ class Router:
             sends = self._stage_answered(worker, silo, hold, parcel)
         else:
             sends = []  # Nobody waits for it any more.
-            if (now := self.registry.silos.get(silo.alias)) and not self.registry.owed(silo.alias, number):
-                now.owed.discard(number)
+            if now := self.registry.silos.get(silo.alias):
+                if not self.registry.owed(silo.alias, number):
+                    now.owed.discard(number)
+                if now is silo and pending.opens is not None:
+                    self._opened(silo, hold, isinstance(parcel.header, Error))
         if worker.inbox.waiting:
             sends += self._released(worker)
         return sends

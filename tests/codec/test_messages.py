@@ -78,7 +78,7 @@ HEADERS: dict[str, AnyHeader] = {
         stop=28,
         credit=8192,
     ),
-    "welcome": Welcome(id=1, heartbeat=2.5, resumed=True, encodings=("raw", "steps")),
+    "welcome": Welcome(id=1, heartbeat=2.5, resumed=True, encodings=("raw", "steps"), pending=(3, 300)),
     "heartbeat": Heartbeat(id=3),
     "leave": Leave(),
     "drain": Drain(id=2),
@@ -155,8 +155,8 @@ GOLDEN: dict[str, str] = {
         "a26364a5737461727402a473746f701ca6637265646974cd2000a2696401"
     ),
     "welcome": (
-        "0385a46b696e64a777656c636f6d65a9686561727462656174cb4004000000000000a7726573756d6564c3a9656e636f"
-        "64696e677392a3726177a57374657073a2696401"
+        "0386a46b696e64a777656c636f6d65a9686561727462656174cb4004000000000000a7726573756d6564c3a9656e636f"
+        "64696e677392a3726177a57374657073a770656e64696e679203cd012ca2696401"
     ),
     "heartbeat": "0382a46b696e64a9686561727462656174a2696403",
     "leave": "0381a46b696e64a56c65617665",
@@ -540,6 +540,7 @@ LISTS_OF_NUMBERS = {
     *(f"{kind}.model.samples{{key}}" for kind in ("attach", "open-session", "open-run")),
     "open-run.plan.betas[0]",
     "open-run.plan.betas[1]",
+    "welcome.pending[]",
     *(f"pool.workers[].{field}" for field in ("start", "stop", "load", "silent")),
 }
 
