@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from broker.parcel import Parcel
+from codec.errors import LinkError
 from codec.messages import (
     Attach,
     CloseRun,
@@ -681,3 +682,21 @@ def test_parcels_are_not_encoded_again(desk: Any) -> None:
     worker.read()
     desk.take(silo.route, sent)
     assert worker.inbox[0].raw is sent.raw
+
+
+def test_a_broker_that_ends_tells_every_peer_to_look_for_one(desk: Any) -> None:
+    peers = [desk.worker(), desk.silo()]
+    sends = desk.router.farewell()
+    assert {send.route for send in sends} == {peer.route for peer in peers}
+    for send in sends:
+        assert (send.parcel.header.id, send.parcel.header.code) == (0, LinkError.code)
+
+
+def test_nobody_was_silent_while_the_broker_itself_did_not_run(new_desk: Callable[..., Any]) -> None:
+    desk = new_desk(silence=10.0)
+    desk.worker(), desk.silo()
+    desk.router.slept(60.0)
+    desk.passes(65)
+    assert len(desk.router.peers) == 2
+    desk.passes(10)
+    assert not desk.router.peers
