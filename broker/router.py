@@ -146,7 +146,7 @@ class Router:
     def _interrupted(self, worker: Worker) -> Iterator[Send]:
         """A worker's connection broke: what was on it, there or back, may be lost with nobody to say so."""
         why = f"the connection to worker {worker.name!r} broke before it answered"
-        error = UnavailableError(why, side="worker", hint="Repeat the command.")
+        error = UnavailableError(why, side="broker", hint="Repeat the command.")
         for pending in worker.inbox.renew():
             silo, hold = pending.silo, pending.hold
             if silo.take(pending):

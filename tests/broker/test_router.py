@@ -541,8 +541,8 @@ def test_what_was_on_a_workers_broken_connection_is_not_waited_for(desk: Any) ->
     worker.reattaches()
     errors = silo.read()
     assert [(error.id, error.code, error.side) for error in errors] == [
-        (2, "unavailable", "worker"),
-        (3, "unavailable", "worker"),
+        (2, "unavailable", "broker"),
+        (3, "unavailable", "broker"),
     ]
     assert [h.id for h in worker.read()] == [0, 4], "what still waited at the broker goes"
     worker.says(Result(id=2), peer=silo.alias)

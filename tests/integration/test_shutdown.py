@@ -68,6 +68,7 @@ def worker(processes: Processes, name: str, broker: str, *options: str) -> Proce
     return process
 
 
+@pytest.mark.timeout(300)
 def test_each_of_them_ends_under_load_and_the_others_know_at_once(processes: Processes) -> None:
     broker = processes.broker()
     first = worker(processes, "first", broker, "--drain", "0.5")
