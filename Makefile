@@ -1,11 +1,14 @@
-# make demo · make test · make lint · make fuzz · make bench: each sets up .venv first, once.
+# make demo · make test · make lint · make fuzz · make chaos · make bench: each sets up .venv first, once.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 FRAMES ?= 1000000
+MINUTES ?= 2
+SEED   ?= 0
+CHAOS  ?= --no-train
 
-.PHONY: demo test lint fuzz bench clean
+.PHONY: demo test lint fuzz chaos bench clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +31,10 @@ lint: $(READY)
 # Damaged messages against every decoder; `make fuzz FRAMES=100000` for a shorter run.
 fuzz: $(READY)
 	$(BIN)/python tests/codec/fuzz.py --frames $(FRAMES)
+
+# Processes die, stop and are cut off, and nothing is lost or wrong; `make chaos MINUTES=15 SEED=7`.
+chaos: $(READY)
+	$(BIN)/trunkline bench chaos --minutes $(MINUTES) --seed $(SEED) $(CHAOS)
 
 bench: $(READY)
 	$(BIN)/trunkline bench parity --model smollm2-135m --head 2 --tail 2

@@ -14,6 +14,7 @@ from codec.errors import TrunklineError
 COMMANDS = {
     "demo": ("silo_agent.demo.commands", "demo"),
     "broker": ("broker.commands", "broker"),
+    "status": ("broker.status_command", "status"),
     "keys": ("broker.keys_command", "keys"),
     "worker": ("workers.commands", "worker"),
     "silo": ("silo_agent.commands", "silo"),
@@ -24,6 +25,7 @@ COMMANDS = {
 SUMMARIES = {
     "demo": "Broker, worker and two silos on this machine: fine-tune, then generate.",
     "broker": "Route messages between silos and workers.",
+    "status": "Ask a broker who is attached; exit code 0 if work can be done.",
     "keys": "Make keys, and say whose a broker lets in.",
     "worker": "Host a span of a model's blocks for silos.",
     "silo": "Train, generate, chat and evaluate with private text.",

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from benchmarks.broker_command import broker
+from benchmarks.chaos_command import chaos
 from benchmarks.codec_command import codec, noise
 from benchmarks.curve_command import curve
 from benchmarks.decode_command import decode
@@ -42,6 +43,7 @@ bench.add_command(reference)
 bench.add_command(scale)
 bench.add_command(train)
 bench.add_command(soak)
+bench.add_command(chaos)
 
 
 @bench.command("parity")

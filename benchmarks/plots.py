@@ -74,6 +74,32 @@ def lines(
     plt.close(figure)
 
 
+def chaos_timeline(timeline: Mapping[str, Sequence[Any]], path: Path) -> None:
+    """Tokens and training steps in each half second, what happened meanwhile, and how long each recovery
+    took: `tokens` and `steps` are moments, `deeds` are `[begun, ended, label]`, `recoveries` are
+    `[at, seconds, label]`."""
+    plt = _pyplot()
+    figure, (above, below) = plt.subplots(2, 1, figsize=(13, 7), layout="constrained", sharex=True)
+    labels = sorted({deed[2] for deed in timeline["deeds"]})
+    colours = {label: f"C{number}" for number, label in enumerate(labels)}
+    last = max((*timeline["tokens"], *timeline["steps"], 1.0))
+    halves = [0.5 * half for half in range(int(2 * last) + 2)]
+    above.hist(timeline["tokens"], bins=halves, histtype="step", color="black", label="tokens")
+    above.hist(timeline["steps"], bins=halves, histtype="step", color="grey", label="training steps")
+    for begun, ended, label in timeline["deeds"]:
+        above.axvspan(begun, max(ended, begun + 0.05), color=colours[label], alpha=0.35, linewidth=0)
+    above.set(ylabel="in half a second", title="progress, and what disturbed it")
+    above.legend(loc="upper right")
+    for label in labels:
+        points = [(at, seconds) for at, seconds, of in timeline["recoveries"] if of == label]
+        below.plot(*zip(*points, strict=True) if points else ([], []), "o", color=colours[label], label=label)
+    below.set(xlabel="seconds", ylabel="seconds to go on", ylim=(0, None))
+    below.legend(ncols=4, fontsize="small")
+    below.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def picture_beside(report: Path | None, wanted: bool) -> Path | None:
     """Where the plot of a `report` goes, if it is wanted and there is a report.
 

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
@@ -66,6 +67,7 @@ class Relay:
         self._timetable: list[tuple[float, int, _Lane]] = []
         self._serial = count()
         self._deaf_until = 0.0
+        self._cut: deque[float] = deque()
         self._log = Log("relay")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.serve, args=(self._stop,), name="relay", daemon=True)
@@ -77,6 +79,10 @@ class Relay:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(_JOIN_S)
+
+    def cut(self, seconds: float) -> None:
+        """Break every connection, losing what is on its way, and take none for so long. From any thread."""
+        self._cut.append(seconds)
 
     def close(self) -> None:
         """End every connection and stop listening; what is on its way is lost. `serve` does so."""
@@ -116,7 +122,9 @@ class Relay:
             self._read(lane)
 
     def _keep(self, now: float) -> None:
-        """Keep to the timetable."""
+        """Keep to the timetable, and break what is to be broken."""
+        while self._cut:
+            self._break(self._cut.popleft(), now)
         while self._timetable and self._timetable[0][0] <= now:
             lane = heapq.heappop(self._timetable)[2]
             lane.armed = False
@@ -124,6 +132,16 @@ class Relay:
         if self._deaf_until and now > self._deaf_until:
             self._deaf_until = 0.0
             self._selector.register(self._listener, EVENT_READ)
+
+    def _break(self, seconds: float, now: float) -> None:
+        for lane in list(self._lanes):
+            self._close(lane, abort=True)
+        self._deafen(now + seconds)
+
+    def _deafen(self, until: float) -> None:
+        if not self._deaf_until:
+            self._selector.unregister(self._listener)
+        self._deaf_until = max(self._deaf_until, until)
 
     def _accept(self) -> None:
         client = None
@@ -136,8 +154,7 @@ class Relay:
             self._log.warn("a connection cannot be accepted", why=error.strerror)
             if client is not None:
                 client.close()
-            self._selector.unregister(self._listener)
-            self._deaf_until = time.monotonic() + _DEAF_S
+            self._deafen(time.monotonic() + _DEAF_S)
             return
         target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW)
         for end in (client, target):

@@ -17,7 +17,7 @@ from broker.keyring import KeyRing
 from broker.parcel import Parcel
 from codec.errors import RefusedError
 from codec.logs import Log
-from codec.messages import Attach
+from codec.messages import Attach, Status
 
 _LOOK_MS = 250
 _FAILED: dict[Failure, str] = {
@@ -51,14 +51,18 @@ class Door:
     def admit(self, route: bytes, frame: zmq.Frame, parcel: Parcel) -> Parcel:
         """What the router may believe of a message that came on `route`; `frame` is any of its frames.
 
-        Raises `RefusedError` for an introduction that its connection's key does not allow.
+        Raises `RefusedError` for an introduction or a question that its connection's key does not allow.
         """
-        if self._gate is None or not isinstance(parcel.header, Attach):
+        if self._gate is None or not isinstance(parcel.header, Attach | Status):
             return parcel
+        key = str(frame.get("User-Id"))
         try:
-            return Parcel.of(self._gate.admit(route, str(frame.get("User-Id")), parcel.header))
+            if isinstance(parcel.header, Status):
+                self._gate.holder(key)
+                return parcel
+            return Parcel.of(self._gate.admit(route, key, parcel.header))
         except RefusedError as error:
-            self._complain("attach refused", why=error.what)
+            self._complain("refused", why=error.what)
             raise
 
     def revoked(self, attached: Container[bytes]) -> Iterable[tuple[bytes, RefusedError]]:

@@ -49,9 +49,7 @@ class Gate:
 
         Raises `RefusedError` for a key that is not allowed (any more) or is of another role.
         """
-        holder = self.ring.holder(key)
-        if holder is None:
-            raise _revoked()
+        holder = self.holder(key)
         if holder.role != attach.role:
             raise RefusedError(
                 f"this key is a {holder.role}'s and cannot act as a {attach.role}'s",
@@ -61,6 +59,13 @@ class Gate:
         self._holders[route] = holder
         bound = hashlib.blake2b(attach.peer, key=key.encode(), digest_size=16).digest()
         return msgspec.structs.replace(attach, name=holder.name, peer=bound)
+
+    def holder(self, key: str) -> PublicKey:
+        """Whose key it is. Raises `RefusedError` if it is not allowed (any more)."""
+        holder = self.ring.holder(key)
+        if holder is None:
+            raise _revoked()
+        return holder
 
     def revoked(self, attached: Container[bytes]) -> Iterator[tuple[bytes, RefusedError]]:
         """Of the `attached` routes those whose key is allowed no longer, and what to tell them."""

@@ -89,14 +89,16 @@ class Inbox(Generic[A]):
         """Whether the worker has yet to answer this request."""
         return (silo, number) in self._under_way
 
-    def renew(self) -> None:
+    def renew(self) -> list[A]:
         """The worker is on a new connection. What was lost with the old one will not be answered.
 
-        So what is under way no longer counts against the credit, whether its answer comes or not.
+        So what is under way, which is returned, no longer counts against the credit, whether its answer
+        comes or not.
         """
         for ask in self._under_way.values():
             ask.tokens = 0
         self.tokens_under_way = 0
+        return list(self._under_way.values())
 
     def withdraw(self, silo: bytes, flow: Flow | None = None) -> list[A]:
         """Forget what waits of one silo, or of one of its flows."""

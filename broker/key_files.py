@@ -25,17 +25,21 @@ _MOST = 512
 """Bytes of the longest file that could be a key."""
 
 
-def link_keys(own: Path | None, broker: str | None, role: KeyRole) -> LinkKeys | None:
-    """The keys behind `--key` and `--broker-key`; None if neither is given. Raises `UsageError`."""
+def link_keys(own: Path | None, broker: str | None, role: KeyRole | None) -> LinkKeys | None:
+    """The keys behind `--key` and `--broker-key`, of `role` if it is given; None if neither key is.
+
+    Raises `UsageError`.
+    """
+    at = role or "silo"
     if own is None and broker is None:
         return None
     if own is None or broker is None:
         raise UsageError(
             "--key and --broker-key go together",
-            side=role,
+            side=at,
             hint="Give this side's secret key and the broker's public key.",
         )
-    return LinkKeys(read_secret(own, role), public_key(broker, "broker", at=role).key)
+    return LinkKeys(read_secret(own, role), public_key(broker, "broker", at=at).key)
 
 
 def make_key(directory: Path, role: KeyRole, name: str) -> tuple[Path, Path]:

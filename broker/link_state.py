@@ -1,5 +1,6 @@
 """What a silo's or worker's link decides: when to attach, to beat, and to give up. No sockets."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from broker.handshake import Failure
@@ -76,12 +77,14 @@ class LinkState:
         self._heard = now
         header = parcel.header
         if isinstance(header, Welcome):
-            forgotten = self._known and not self.attached and not header.resumed
+            again = self._known and not self.attached
             self.attached = self._known = True
             self._heartbeat = header.heartbeat
             self.encodings = header.encodings
             self.unsent()  # The next tick beats at once: it measures the round trip.
-            return self._forgotten() if forgotten else []
+            if not again:
+                return []
+            return self._interrupted(header.pending) if header.resumed else self._forgotten()
         if isinstance(header, Heartbeat):
             self.meter.echoed(header.id, now)
             return []
@@ -143,6 +146,19 @@ class LinkState:
         self._sent = now
         return [Transmit(self._attach)]
 
+    def _interrupted(self, pending: Collection[int]) -> list[Action]:
+        """The connection broke: of what the broker does not wait for too, nobody will hear again."""
+        error = UnavailableError(
+            "the connection to the broker broke, and the request or its answer was lost with it",
+            side="broker",
+            hint="Repeat the command.",
+        )
+        return [self._lost(number, error) for number in list(self._waiting) if number not in pending]
+
+    def _lost(self, number: int, error: TrunklineError) -> Action:
+        del self._waiting[number]
+        return Deliver(error_parcel(number, error))
+
     def _forgotten(self) -> list[Action]:
         """The broker knows nothing of this peer: no answer will come, and no silo's names are left."""
         error = UnavailableError(
@@ -150,8 +166,7 @@ class LinkState:
             side="broker",
             hint="Repeat the command.",
         )
-        lost = [Deliver(error_parcel(number, error)) for number in self._waiting]
-        self._waiting.clear()
+        lost = [self._lost(number, error) for number in list(self._waiting)]
         everyone = Deliver(Parcel.of(Gone(name="every silo")))
         return [*lost, everyone] if self._attach.role == "worker" else [*lost]
 

@@ -18,7 +18,9 @@ from broker.parcel import Parcel, error_parcel
 from broker.pool import Worker, alias_of, check_attach, common_encodings
 from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
+from broker.status import pool_status
 from codec.errors import LinkError, ProtocolError, TrunklineError, UnavailableError
+from codec.limits import MAX_PENDING
 from codec.messages import (
     Answer,
     AnyHeader,
@@ -33,6 +35,7 @@ from codec.messages import (
     OpenRun,
     OpenSession,
     Request,
+    Status,
     Welcome,
 )
 
@@ -55,7 +58,7 @@ class Limits:
 
     heartbeat: float = 1.0
     silence: float = 10.0
-    requests: int = 1024
+    requests: int = MAX_PENDING
     bytes: int = 1 << 30
 
 
@@ -74,6 +77,8 @@ class Router:
         try:
             if isinstance(header, Attach):
                 return self._attach(route, header, now)
+            if isinstance(header, Status):
+                return [Send(route, Parcel.of(pool_status(self.registry, header.id, now)))]
             if peer is None:
                 return list(_stranger(route, header))
             peer.last_heard = now
@@ -89,6 +94,16 @@ class Router:
         """Forget peers that fell silent."""
         silent = [p for p in self.peers.values() if now - p.last_heard > self.limits.silence]
         return [send for peer in silent for send in self._forget(peer)]
+
+    def slept(self, seconds: float) -> None:
+        """The broker itself did not run; what its peers said meanwhile waits to be read."""
+        for peer in self.peers.values():
+            peer.last_heard += seconds
+
+    def farewell(self) -> list[Send]:
+        """The broker is about to end: every peer looks for one now, and not after a silence."""
+        error = LinkError("the broker was told to end", side="broker")
+        return [Send(route, error_parcel(0, error)) for route in self.peers]
 
     def lost(self, route: bytes) -> list[Send]:
         """The connection `route` cannot be written to any more."""
@@ -119,13 +134,27 @@ class Router:
             heartbeat=self.limits.heartbeat,
             resumed=before is not None,
             encodings=common_encodings(self.registry.workers.values()),
+            pending=tuple(sorted(peer.pending)) if isinstance(peer, Silo) else (),
         )
         sends.append(Send(route, Parcel.of(welcome)))
         if isinstance(peer, Worker):
             if moved:
-                peer.inbox.renew()
+                sends += self._interrupted(peer)
             sends += self._released(peer)
         return sends
+
+    def _interrupted(self, worker: Worker) -> Iterator[Send]:
+        """A worker's connection broke: what was on it, there or back, may be lost with nobody to say so."""
+        why = f"the connection to worker {worker.name!r} broke before it answered"
+        error = UnavailableError(why, side="broker", hint="Repeat the command.")
+        for pending in worker.inbox.renew():
+            silo, hold = pending.silo, pending.hold
+            if silo.take(pending):
+                silo.owed.add(pending.number)  # Its answer may come all the same.
+                yield Send(silo.route, error_parcel(pending.number, error))
+            elif hold.chain is not None and not hold.lost and pending.number in silo.pending:
+                hold.lost = worker.name
+                yield from self._break(silo, hold, error)
 
     def _control(self, peer: Silo | Worker, header: AnyHeader) -> list[Send]:
         if isinstance(header, Heartbeat):
@@ -235,8 +264,11 @@ class Router:
             sends = self._stage_answered(worker, silo, hold, parcel)
         else:
             sends = []  # Nobody waits for it any more.
-            if (now := self.registry.silos.get(silo.alias)) and not self.registry.owed(silo.alias, number):
-                now.owed.discard(number)
+            if now := self.registry.silos.get(silo.alias):
+                if not self.registry.owed(silo.alias, number):
+                    now.owed.discard(number)
+                if now is silo and pending.opens is not None:
+                    self._opened(silo, hold, isinstance(parcel.header, Error))
         if worker.inbox.waiting:
             sends += self._released(worker)
         return sends

@@ -17,6 +17,9 @@ from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
 
 _TICK_MS = 250
+_ASLEEP_S = 1.0
+"""A loop this late did not run: the process was stopped, or the machine slept."""
+
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _QUEUE = 1 << 14
@@ -84,7 +87,10 @@ class Server:
         self._context.term()
 
     def serve(self, stop: Event) -> None:
-        """Route until `stop` is set, then close the socket."""
+        """Route until `stop` is set, then tell all peers and close the socket.
+
+        Nothing is waited for: what a session or run needs to go on elsewhere its silo has.
+        """
         self._socket.setsockopt(zmq.RCVTIMEO, _TICK_MS)
         due = time.monotonic()
         try:
@@ -97,9 +103,12 @@ class Server:
                     now = time.monotonic()
                     self._route(route, frames, now)
                 if now >= due:
+                    if now - due > _ASLEEP_S:
+                        self.router.slept(now - due)
                     due = now + _TICK_MS / 1000
                     self._send(self.router.tick(now))
                     self._revoke()
+            self._send(self.router.farewell())
         finally:
             self.close()
 

@@ -18,13 +18,15 @@ from codec.limits import (
     MASK_PER_RUN,
     MAX_DIMS,
     MAX_HEADER_BYTES,
+    MAX_LISTED,
     MAX_MASK,
     MAX_MASK_WIDTH,
+    MAX_PENDING,
     MAX_ROWS,
     MAX_TENSORS,
     MAX_TOKENS,
 )
-from codec.plan import LoraPlan, ModelCard, Name, Positive, Real, RunPlan
+from codec.plan import LoraPlan, ModelCard, ModelName, Name, Positive, Real, RunPlan
 
 PROTOCOL = 3
 
@@ -105,12 +107,14 @@ class Welcome(Header, frozen=True, tag="welcome"):
     """The broker's answer to `attach`: beat at least every `heartbeat` seconds.
 
     `resumed` if the broker still knew this peer; otherwise nothing of what it had is left.
-    `encodings` are those that every worker attached now reads: a silo keeps to them.
+    `encodings` are those that every worker attached now reads: a silo keeps to them. `pending` are the
+    numbers of its requests that will still be answered; of any other the answer, or it, was lost.
     """
 
     heartbeat: Positive
     resumed: bool = False
     encodings: Encodings = ENCODINGS
+    pending: Annotated[tuple[Count, ...], Meta(max_length=MAX_PENDING)] = ()
 
 
 class Heartbeat(Header, frozen=True, tag="heartbeat"):
@@ -132,6 +136,33 @@ class Gone(Header, frozen=True, tag="gone"):
     """Broker to worker: the silo in the peer frame left or fell silent; free what it held."""
 
     name: Name
+
+
+class Status(Header, frozen=True, tag="status"):
+    """How is the pool? Whoever may connect may ask, attached or not, and in whatever role."""
+
+
+class WorkerStatus(Struct, frozen=True, forbid_unknown_fields=True):
+    """One worker: what it hosts, its `load` in sessions and runs, and seconds since it was heard."""
+
+    name: Name
+    model: ModelName
+    start: Block
+    stop: Block
+    load: Count
+    draining: bool
+    silent: Real
+
+
+class Pool(Header, frozen=True, tag="pool"):
+    """The answer to `status`: workers by name, of which `unlisted` more are there; of silos, what they
+    have open and their runs the mere numbers."""
+
+    workers: Annotated[tuple[WorkerStatus, ...], Meta(max_length=MAX_LISTED)]
+    unlisted: Count
+    silos: Count
+    sessions: Count
+    runs: Count
 
 
 class OpenSession(Header, frozen=True, tag="open-session"):
@@ -289,7 +320,7 @@ class Error(Header, frozen=True, tag="error"):
 
 Request = OpenSession | OpenRun | CloseSession | CloseRun | Extend | Forward | Backward | Commit | GetAdapter
 Answer = Opened | Done | Result | Committed | Adapter | Error
-Control = Attach | Welcome | Heartbeat | Leave | Drain | Gone
+Control = Attach | Welcome | Heartbeat | Leave | Drain | Gone | Status | Pool
 AnyHeader = Request | Answer | Control
 
 

@@ -10,6 +10,7 @@ from codec.errors import UsageError
 from codec.limits import MAX_NAME, MAX_REAL
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+ModelName = Annotated[str, Meta(max_length=512)]
 Real = Annotated[float, Meta(ge=0, le=MAX_REAL)]
 Positive = Annotated[float, Meta(gt=0, le=MAX_REAL)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
@@ -79,7 +80,7 @@ class ModelCard(Struct, frozen=True, forbid_unknown_fields=True):
     differ on a block that both can read, hold different models.
     """
 
-    name: Annotated[str, Meta(max_length=512)]
+    name: ModelName
     fingerprint: Name
     blocks: Annotated[int, Meta(ge=1, le=4096)]
     hidden: Annotated[int, Meta(ge=1, le=1 << 20)]

@@ -60,6 +60,11 @@ class Process:
         """Whether it has not ended yet."""
         return self._popen.poll() is None
 
+    @property
+    def code(self) -> int | None:
+        """Its exit code, negative for the signal that ended it; None while it runs."""
+        return self._popen.poll()
+
     def wait(self, timeout: float) -> None:
         """Wait for its end and its last line. Raises what it failed with, or if time is up."""
         try:

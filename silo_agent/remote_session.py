@@ -26,7 +26,11 @@ _NOT_YET = (UnavailableError, LimitError, MismatchError)
 """Nobody is there, nobody has room, or only workers of other blocks are left. That can change."""
 
 _RECOVERIES = 3
-"""For one extend."""
+"""For one extend, and for a session that may be what its workers fall over. A broker that was restarted, or
+a connection that broke, is not counted: only the time is bounded then."""
+
+_PAUSE_S = 0.1
+"""Before a broker is asked once more."""
 
 _AHEAD = 16
 """Extends under way at once when a recording is sent again: far below a broker's quota."""
@@ -72,8 +76,8 @@ class RemoteSession:
             raise loss
         self._intact = False
         until = time.monotonic() + self._wait
-        failure = loss
-        for _ in range(_RECOVERIES):
+        failure, left = loss, _RECOVERIES
+        while left:
             try:
                 self._reopen(max(0.0, until - time.monotonic()))
                 arrival = self._replayed([*recorded, packed])
@@ -81,6 +85,10 @@ class RemoteSession:
                 failure = error
                 if time.monotonic() >= until:
                     break
+                if error.at == "broker":
+                    time.sleep(_PAUSE_S)
+                else:
+                    left -= 1
             else:
                 self._intact = True
                 return arrival

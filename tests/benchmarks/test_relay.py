@@ -258,3 +258,20 @@ def until(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+def test_a_cut_breaks_what_is_there_and_takes_nobody_for_a_while(target: Target) -> None:
+    with Relay("tcp://127.0.0.1:0", target.endpoint) as relay:
+        here, there = target.pair(relay)
+        here.sendall(b"before")
+        assert there.recv(6) == b"before"
+        begun = time.monotonic()
+        relay.cut(0.6)
+        for end in (here, there):
+            with suppress(ConnectionResetError):
+                assert end.recv(1) == b""
+        # The system accepts for the relay, which takes it up when it hears again.
+        later = target.connect(relay.endpoint)
+        later.sendall(b"after")
+        assert target.accept().recv(5) == b"after"
+        assert 0.5 < time.monotonic() - begun < 5

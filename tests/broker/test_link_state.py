@@ -188,7 +188,21 @@ def test_a_broker_that_remembers_still_answers() -> None:
     state = attached()
     state.sent(CloseSession(id=1, session="s"), 0, 0.0)
     hears(state, NOT_ATTACHED, 2.0)
-    assert hears(state, Welcome(heartbeat=1.0, resumed=True), 2.1) == []
+    assert hears(state, Welcome(heartbeat=1.0, resumed=True, pending=(1,)), 2.1) == []
+
+
+def test_what_was_lost_with_a_connection_is_not_waited_for() -> None:
+    """The broker waits for no answer to it: it never came there, or was answered into the void."""
+    state = attached()
+    for number in (1, 2, 3):
+        state.sent(CloseSession(id=number, session="s"), 0, 0.0)
+    hears(state, NOT_ATTACHED, 2.0)
+    (action,) = hears(state, Welcome(heartbeat=1.0, resumed=True, pending=(1, 3)), 2.1)
+    error = delivered(action)
+    assert (error.id, error.code, error.side) == (2, UnavailableError.code, "broker")
+    hears(state, NOT_ATTACHED, 3.0)
+    (action,) = hears(state, Welcome(heartbeat=1.0, resumed=True, pending=(3,)), 3.1)
+    assert delivered(action).id == 1, "once each"
 
 
 def test_the_first_welcome_loses_nothing() -> None:

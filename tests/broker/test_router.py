@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from broker.parcel import Parcel
+from codec.errors import LinkError
 from codec.messages import (
     Attach,
     CloseRun,
@@ -506,7 +507,7 @@ def test_a_silo_that_attaches_again_keeps_what_it_has(desk: Any) -> None:
     silo.read(), worker.read()
     old = silo.route
     silo.reattaches()
-    assert silo.read() == [Welcome(heartbeat=1.0, resumed=True)]
+    assert silo.read() == [Welcome(heartbeat=1.0, resumed=True, pending=(2,))]
     assert list(desk.router.peers) == [worker.route, silo.route]
     assert desk.router.lost(old) == []
     worker.says(Result(id=2), peer=silo.alias)
@@ -522,10 +523,46 @@ def test_a_worker_that_attaches_again_keeps_what_it_has(desk: Any) -> None:
     worker.reattaches()
     assert [h for h in worker.read() if isinstance(h, Welcome)] == [Welcome(heartbeat=1.0, resumed=True)]
     assert desk.load(worker) == 2
+    silo.read()
     worker.says(Opened(id=1), peer=silo.alias)
-    assert silo.read() == [Opened(id=1)]
     silo.extends("s", 3)
     assert [h.id for h in worker.read()] == [3]
+
+
+def test_what_was_on_a_workers_broken_connection_is_not_waited_for(desk: Any) -> None:
+    """Request or answer may be lost, and then nobody would ever say so."""
+    worker, silo = desk.worker("a", credit=2), desk.silo()
+    silo.opens("s", 1)
+    worker.says(Opened(id=1), peer=silo.alias)
+    silo.extends("s", 2)
+    silo.extends("s", 3)
+    silo.extends("s", 4)
+    silo.read(), worker.read()
+    worker.reattaches()
+    errors = silo.read()
+    assert [(error.id, error.code, error.side) for error in errors] == [
+        (2, "unavailable", "broker"),
+        (3, "unavailable", "broker"),
+    ]
+    assert [h.id for h in worker.read()] == [0, 4], "what still waited at the broker goes"
+    worker.says(Result(id=2), peer=silo.alias)
+    assert silo.read() == [], "it was answered already"
+    worker.says(Result(id=4), peer=silo.alias)
+    assert silo.read() == [Result(id=4)]
+
+
+def test_a_name_whose_open_was_interrupted_is_what_the_worker_says_later(desk: Any) -> None:
+    for willing in (True, False):
+        worker, silo = desk.worker("a"), desk.silo()
+        silo.opens("s", 1)
+        worker.reattaches()
+        silo.read(), worker.read()
+        answer = Opened(id=1) if willing else Error(id=1, code="limit", what="no", side="worker")
+        worker.says(answer, peer=silo.alias)
+        assert silo.read() == []
+        assert desk.load(worker) == willing
+        silo.leaves()
+        worker.leaves()
 
 
 def test_attaching_twice_on_one_connection_changes_nothing(desk: Any) -> None:
@@ -534,7 +571,8 @@ def test_attaching_twice_on_one_connection_changes_nothing(desk: Any) -> None:
     for party in (worker, silo):
         party.read()
         party.says(party.attach)
-        assert party.read() == [Welcome(heartbeat=1.0, resumed=True)]
+        pending = (1,) if party is silo else ()
+        assert party.read() == [Welcome(heartbeat=1.0, resumed=True, pending=pending)]
     assert desk.load(worker) == 1
     assert len(desk.router.peers) == 2
 
@@ -644,3 +682,21 @@ def test_parcels_are_not_encoded_again(desk: Any) -> None:
     worker.read()
     desk.take(silo.route, sent)
     assert worker.inbox[0].raw is sent.raw
+
+
+def test_a_broker_that_ends_tells_every_peer_to_look_for_one(desk: Any) -> None:
+    peers = [desk.worker(), desk.silo()]
+    sends = desk.router.farewell()
+    assert {send.route for send in sends} == {peer.route for peer in peers}
+    for send in sends:
+        assert (send.parcel.header.id, send.parcel.header.code) == (0, LinkError.code)
+
+
+def test_nobody_was_silent_while_the_broker_itself_did_not_run(new_desk: Callable[..., Any]) -> None:
+    desk = new_desk(silence=10.0)
+    desk.worker(), desk.silo()
+    desk.router.slept(60.0)
+    desk.passes(65)
+    assert len(desk.router.peers) == 2
+    desk.passes(10)
+    assert not desk.router.peers

@@ -39,9 +39,12 @@ from codec.messages import (
     Opened,
     OpenRun,
     OpenSession,
+    Pool,
     Result,
+    Status,
     TensorSpec,
     Welcome,
+    WorkerStatus,
     decode_header,
     encode_header,
 )
@@ -75,11 +78,20 @@ HEADERS: dict[str, AnyHeader] = {
         stop=28,
         credit=8192,
     ),
-    "welcome": Welcome(id=1, heartbeat=2.5, resumed=True, encodings=("raw", "steps")),
+    "welcome": Welcome(id=1, heartbeat=2.5, resumed=True, encodings=("raw", "steps"), pending=(3, 300)),
     "heartbeat": Heartbeat(id=3),
     "leave": Leave(),
     "drain": Drain(id=2),
     "gone": Gone(name="s0"),
+    "status": Status(id=14),
+    "pool": Pool(
+        id=14,
+        workers=(WorkerStatus(name="w0", model="a/b", start=2, stop=28, load=3, draining=True, silent=0.5),),
+        unlisted=2,
+        silos=5,
+        sessions=7,
+        runs=1,
+    ),
     "open-session": OpenSession(
         id=4,
         tensors=SPECS[:2],
@@ -143,12 +155,18 @@ GOLDEN: dict[str, str] = {
         "a26364a5737461727402a473746f701ca6637265646974cd2000a2696401"
     ),
     "welcome": (
-        "0385a46b696e64a777656c636f6d65a9686561727462656174cb4004000000000000a7726573756d6564c3a9656e636f"
-        "64696e677392a3726177a57374657073a2696401"
+        "0386a46b696e64a777656c636f6d65a9686561727462656174cb4004000000000000a7726573756d6564c3a9656e636f"
+        "64696e677392a3726177a57374657073a770656e64696e679203cd012ca2696401"
     ),
     "heartbeat": "0382a46b696e64a9686561727462656174a2696403",
     "leave": "0381a46b696e64a56c65617665",
     "drain": "0382a46b696e64a5647261696ea2696402",
+    "status": "0382a46b696e64a6737461747573a269640e",
+    "pool": (
+        "0387a46b696e64a4706f6f6ca7776f726b6572739187a46e616d65a27730a56d6f64656ca3612f62a5737461727402a4"
+        "73746f701ca46c6f616403a8647261696e696e67c3a673696c656e74cb3fe0000000000000a8756e6c697374656402a5"
+        "73696c6f7305a873657373696f6e7307a472756e7301a269640e"
+    ),
     "gone": "0382a46b696e64a4676f6e65a46e616d65a27330",
     "open-session": (
         "038da46b696e64ac6f70656e2d73657373696f6ea773657373696f6ea173a56d6f64656c85a46e616d65a3612f62ab66"
@@ -316,6 +334,7 @@ BAD_FIELDS: list[tuple[str, str, list[object]]] = [
     ("attach", "name", ["", "x" * (MAX_NAME + 1), b"w0", 0]),
     ("attach", "peer", [b"", bytes(15), bytes(17), 0]),
     ("attach", "start", [-1, 4097]),
+    ("pool", "workers", [[{}], [{"name": "w"}], "w0", [1]]),
     ("welcome", "heartbeat", [0.0, -1.0, NAN, INF]),
     ("open-session", "rows", [0, MAX_ROWS + 1]),
     ("open-session", "capacity", [0, MAX_TOKENS + 1]),
@@ -507,6 +526,8 @@ NAMES = {
     ),
     "open-session.adapter.targets[]",
     "open-run.plan.lora.targets[]",
+    "pool.workers[].name",
+    "pool.workers[].model",
 }
 ERRORS = {"error.code", "error.what", "error.hint"}
 LISTS_OF_NUMBERS = {
@@ -519,6 +540,8 @@ LISTS_OF_NUMBERS = {
     *(f"{kind}.model.samples{{key}}" for kind in ("attach", "open-session", "open-run")),
     "open-run.plan.betas[0]",
     "open-run.plan.betas[1]",
+    "welcome.pending[]",
+    *(f"pool.workers[].{field}" for field in ("start", "stop", "load", "silent")),
 }
 
 

@@ -147,6 +147,30 @@ def test_a_session_that_kills_its_workers_gives_up(bare_pool: Any, tiny: Any) ->
     assert len(bare_pool.sent(Extend)) == 1 + 3
 
 
+def test_a_broker_may_be_restarted_as_often_as_time_allows(bare_pool: Any, tiny: Any) -> None:
+    """That says nothing about the session, as a worker's death does."""
+    ids, restarts = tiny.ids(PROMPTS[0]), 7
+    lost = UnavailableError("the broker was restarted: the answer is lost", side="broker")
+
+    def refuse(parcel: Parcel) -> list[Parcel] | None:
+        nonlocal restarts
+        if not isinstance(parcel.header, Extend) or not restarts:
+            return None
+        restarts -= 1
+        return [error_parcel(parcel.header.id, lost).to(parcel.peer)]
+
+    bare_pool.start_moody_worker(refuse)
+    with bare_pool.session() as session:
+        logits = session.extend([0], [ids])
+        torch.testing.assert_close(logits[0], tiny.logits(ids)[-1], atol=2e-5, rtol=0)
+        restarts = 1 << 30
+    with bare_pool.session(wait=0.8) as session:
+        begun = time.monotonic()
+        with pytest.raises(UnavailableError, match="could not be moved"):
+            session.extend([0], [ids])
+        assert 0.7 < time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize("error", [LimitError("no KV cache is free"), MismatchError("it hosts 0:1")])
 def test_a_worker_that_cannot_yet_is_waited_for_but_not_for_ever(
     bare_pool: Any, tiny: Any, error: TrunklineError
