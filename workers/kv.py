@@ -96,7 +96,7 @@ class KVMemory:
         if slab is None:
             slab = Slab(math.prod(size), shape.dtype, shape.device)
             slabs.append(slab)
-        return Place(slab, slab.take(), slab.tensor.view(-1, *size))
+        return Place(slab, slab.take(), slab.tensor.view(len(slab.tensor), *size))
 
     def give_back(self, shape: KVShape, place: Place) -> None:
         """The row has left it."""

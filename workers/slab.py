@@ -28,7 +28,7 @@ class Slab:
         Raises `MemoryError`, or `RuntimeError` from torch, if there is not even room for one.
         """
         self._memory: mmap.mmap | None = None
-        if shares(device):
+        if elements and shares(device):
             self._stride = elements * dtype.itemsize
             if self._stride % mmap.PAGESIZE:
                 raise ValueError(f"slots of {self._stride} bytes are not whole pages")
