@@ -11,7 +11,7 @@ from benchmarks.parts import Parts
 from benchmarks.recording import Recorded
 from codec import partition
 from codec.plan import RunPlan
-from workers.kv import RowCache
+from workers.kv import KVMemory, RowCache
 from workers.optimizer import PartOptimizer
 from workers.span import Span
 
@@ -47,7 +47,8 @@ def decode_directly(
     """Decoded tokens per second of all `prompts` together: their prefill, then `new` steps, again and
     again."""
     lengths = [len(prompt) for prompt in prompts]
-    caches = [RowCache(span.kv_shape(blocks), length + new) for length in lengths]
+    shape, memory = span.kv_shape(blocks), KVMemory()
+    caches = [RowCache(shape, length + new, memory) for length in lengths]
     packed, last = torch.cat(list(prompts)), torch.stack([prompt[-1] for prompt in prompts])
     tokens, begun = 0, time.perf_counter()
     while time.perf_counter() < begun + seconds:

@@ -17,7 +17,7 @@ from silo_agent.packed import pack
 from silo_agent.remote import Remote, expect
 from silo_agent.remote_session import RemoteSession
 from silo_agent.wires import Wires
-from workers.kv import RowCache
+from workers.kv import KVMemory, RowCache
 
 
 class Session:
@@ -68,8 +68,9 @@ class Session:
         )
         self._name = request.session
         self._trunk = RemoteSession(remote, request, list(tensors.values()), wait=wait)
-        self._head = [RowCache(ends.head.kv_shape(), capacity) for _ in range(rows)]
-        self._tail = [RowCache(ends.tail.kv_shape(), capacity) for _ in range(rows)]
+        memory = KVMemory()
+        self._head = [RowCache(ends.head.kv_shape(), capacity, memory) for _ in range(rows)]
+        self._tail = [RowCache(ends.tail.kv_shape(), capacity, memory) for _ in range(rows)]
 
     def __enter__(self) -> "Session":
         return self

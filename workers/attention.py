@@ -10,6 +10,8 @@ Shape letters: H query heads, G key/value heads, T packed tokens, N keys of one 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import cast
 
 import torch
@@ -17,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from workers.abreast import Abreast, abreast
 from workers.kv import RowCache
 
 IMPLEMENTATION = "trunkline_packed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
     """How one pass is packed: new tokens per sequence, and each sequence's KV cache if it has one."""
 
@@ -30,6 +33,38 @@ class Packing:
     caches: Sequence[RowCache] | None = None
     masks: Sequence[Tensor | None] | None = None
     """For each sequence bool `[length, length]`, which new tokens see which; causal where None."""
+
+    @cached_property
+    def together(self) -> Sequence[Abreast]:
+        """Sequences with one new token each that attend in one call. The same in every block."""
+        if self.caches is None or len(self.lengths) == 1:
+            return ()
+        starts = list(accumulate(self.lengths, initial=0))
+        single = [i for i, length in enumerate(self.lengths) if length == 1 and not self._masked(i)]
+        return abreast([starts[i] for i in single], [self.caches[i] for i in single])
+
+    @cached_property
+    def alone(self) -> Sequence[tuple[int, slice]]:
+        """The other sequences, and where their tokens are."""
+        shared = {token for group in self.together for token in group.tokens.values()}
+        edges = enumerate(pairwise(accumulate(self.lengths, initial=0)))
+        return [(i, slice(start, stop)) for i, (start, stop) in edges if start not in shared or stop == start]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where each token's output is, when those that are together come first."""
+        places, offset = [0] * sum(self.lengths), 0
+        for group in self.together:
+            for slot, token in group.tokens.items():
+                places[token] = offset + slot
+            offset += group.slots
+        for _, here in self.alone:
+            places[here] = range(offset, offset + here.stop - here.start)
+            offset += here.stop - here.start
+        return torch.tensor(places, device=self.together[0].device)
+
+    def _masked(self, index: int) -> bool:
+        return self.masks is not None and self.masks[index] is not None
 
 
 def packed_attention(
@@ -48,17 +83,21 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention output `[1, T, H, D]`. Called by transformers' attention layers."""
     outputs = []
-    offset = 0
-    for index, length in enumerate(packing.lengths):
-        here = slice(offset, offset + length)
-        offset += length
+    layer, groups = cast("int", module.layer_idx), key_1GTD.shape[1]
+    for group in packing.together:
+        query, mask = group.queries(query_1HTD, groups), group.mask(sliding_window)
+        key, value = group.append(layer, key_1GTD, value_1GTD)
+        output = _one_each(query, key, value, scaling, dropout, softcap, mask)
+        outputs.append(output.reshape(1, group.slots, -1, query.shape[3]))
+    for index, here in packing.alone:
         query, key, value = query_1HTD[:, :, here], key_1GTD[:, :, here], value_1GTD[:, :, here]
         if packing.caches is not None:
-            key, value = packing.caches[index].append(cast("int", module.layer_idx), key, value)
+            key, value = packing.caches[index].append(layer, key, value)
         seen = None if packing.masks is None else packing.masks[index]
         output = _attend(query, key, value, scaling, dropout, sliding_window, softcap, seen)
         outputs.append(output.transpose(1, 2))  # Joined as the layer wants it, or it would copy it again.
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return joined.index_select(1, packing.order) if packing.together else joined, None
 
 
 def _attend(
@@ -78,7 +117,10 @@ def _attend(
         mask = None if new == 1 and not windowed else _mask(new, total, window, query_1HMD.device, seen_MM)
         return _softcapped(query_1HMD, key_1GND, value_1GND, scaling, dropout, softcap, mask)
     if new == 1 and not windowed:
-        return _one_token(query_1HMD, key_1GND, value_1GND, scaling)
+        heads, dim, groups = query_1HMD.shape[1], query_1HMD.shape[3], key_1GND.shape[1]
+        query = query_1HMD.reshape(1, groups, heads // groups, dim)
+        out = _one_each(query, key_1GND, value_1GND, scaling, dropout)
+        return out.reshape(1, heads, 1, dim)
     causal = new == total and not windowed and seen_MM is None
     mask = None if causal else _mask(new, total, window, query_1HMD.device, seen_MM)
     return F.scaled_dot_product_attention(
@@ -93,15 +135,24 @@ def _attend(
     )
 
 
-def _one_token(query_1H1D: Tensor, key_1GND: Tensor, value_1GND: Tensor, scaling: float) -> Tensor:
-    """One new token sees every key, so the query heads of a group can stand as its queries.
+def _one_each(
+    query_SGRD: Tensor,
+    key_SGND: Tensor,
+    value_SGND: Tensor,
+    scaling: float,
+    dropout: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Sequences with one new token each; the R query heads of a group stand as its queries.
 
     That reads each cached key once instead of once per query head.
     """
-    heads, dim, groups = query_1H1D.shape[1], query_1H1D.shape[3], key_1GND.shape[1]
-    query = query_1H1D.reshape(1, groups, heads // groups, dim)
-    out = F.scaled_dot_product_attention(query, key_1GND, value_1GND, scale=scaling)
-    return out.reshape(1, heads, 1, dim)
+    if softcap is not None:
+        return _softcapped(query_SGRD, key_SGND, value_SGND, scaling, dropout, softcap, mask)
+    return F.scaled_dot_product_attention(
+        query_SGRD, key_SGND, value_SGND, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
 
 
 def _mask(

@@ -1,15 +1,18 @@
 """Packed attention against a plain double-precision one that knows only a dense mask."""
 
 from collections.abc import Sequence
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from workers.attention import Packing, packed_attention
-from workers.kv import KVShape, RowCache
+from workers.kv import PAGE, KVMemory, KVShape, RowCache
 
 DIM = 8
 
@@ -44,8 +47,8 @@ def module(layer: int = 0) -> nn.Module:
 
 
 def rows(groups: int, capacities: Sequence[int], layers: int = 1) -> list[RowCache]:
-    shape = KVShape(layers, groups, DIM, torch.float32, torch.device("cpu"))
-    made = [RowCache(shape, capacity) for capacity in capacities]
+    shape, memory = KVShape(layers, groups, DIM, torch.float32, torch.device("cpu")), KVMemory()
+    made = [RowCache(shape, capacity, memory) for capacity in capacities]
     for row in made:
         row.check_room(row.capacity)
     return made
@@ -151,6 +154,72 @@ def test_each_block_has_keys_of_its_own(cap: float | None) -> None:
         query, key, value = (torch.cat(pair, 2) for pair in zip(prefill[layer], newest[layer], strict=True))
         expected = plain(query, key, value, 0.4, None, cap)[:, -1:]
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    HEADS,
+    st.lists(st.integers(0, 150), min_size=2, max_size=9),
+    st.sets(st.integers(0, 8)),
+    st.integers(1, 4),
+    WINDOWS,
+    CAPS,
+    st.randoms(use_true_random=False),
+)
+def test_rows_that_decode_together_equal_whole_sequences(
+    heads: tuple[int, int],
+    before: list[int],
+    absent: set[int],
+    chunk: int,
+    window: int | None,
+    cap: float | None,
+    random: Random,
+) -> None:
+    """Rows of very different lengths, in any order, some of them absent, beside a part of a prompt.
+
+    What absent rows hold, and what was forgotten beyond a row's end, is not a number.
+    """
+    caches = rows(heads[1], [max(length, 100) + 50 for length in before], layers=2)
+    sequences, spoilt = [], torch.full((1, heads[1], 30, DIM), torch.nan)
+    for seed, (cache, length) in enumerate(zip(caches, before, strict=True)):
+        new = chunk if seed == 0 else 1
+        query, key, value = (
+            draw(n, length + new, 3 * seed + k) for k, n in enumerate((heads[0], *heads[1:] * 2))
+        )
+        cache.append(1, key[:, :, :length], value[:, :, :length])
+        cache.advance(length)
+        cache.append(1, spoilt, spoilt)
+        if seed in absent:
+            cache.advance(30)
+        sequences.append((query, key, value, new))
+    present = [index for index in range(len(before)) if index not in absent]
+    random.shuffle(present)
+    if not present:
+        return
+    last = [[tensor[:, :, -sequences[i][3] :] for tensor in sequences[i][:3]] for i in present]
+    packing = Packing(tuple(sequences[i][3] for i in present), [caches[i] for i in present])
+    out, _ = packed_attention(
+        module(1), *(torch.cat(parts, dim=2) for parts in zip(*last, strict=True)), None,
+        packing=packing, scaling=0.3, sliding_window=window, softcap=cap,
+    )  # fmt: skip
+    for i, part in zip(present, out.split([sequences[i][3] for i in present], 1), strict=True):
+        query, key, value, new = sequences[i]
+        expected = plain(query, key, value, 0.3, window, cap)[:, -new:]
+        torch.testing.assert_close(part, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_sixteen_rows_attend_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = rows(2, [PAGE] * 16)
+    calls, attend = [], functional.scaled_dot_product_attention
+
+    def count(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(arguments[0].shape)
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", count)
+    tensors = [draw(n, 16, seed) for seed, n in enumerate((4, 2, 2))]
+    packed_attention(module(), *tensors, None, packing=Packing((1,) * 16, caches), scaling=0.4)
+    assert calls == [(16, 2, 2, DIM)]
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])

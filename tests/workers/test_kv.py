@@ -1,5 +1,7 @@
 """KV caches: what they hold, how much they take, and what they refuse."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codec.errors import LimitError
+from workers.abreast import runs
 from workers.kv import PAGE, KVMemory, KVShape, RowCache
+from workers.slab import Slab, shares
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(layers=3, groups=2, dim=4, dtype=torch.float32, device=CPU)
@@ -17,15 +21,53 @@ def values(tokens: int, seed: int = 0) -> Tensor:
     return torch.randn(1, 2, tokens, 4, generator=torch.Generator().manual_seed(seed))
 
 
+def resident() -> int:
+    """Bytes of memory that are this process's own."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) << 10
+
+
+@pytest.mark.skipif(not shares(CPU), reason="a slab is one row here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_system_lends_what_rows_hold_and_gets_it_back(dtype: torch.dtype) -> None:
+    shape, memory = KVShape(layers=5, groups=4, dim=64, dtype=dtype, device=CPU), KVMemory()
+    rows = [RowCache(shape, 3000, memory) for _ in range(20)]
+    new = torch.ones(1, 4, 100, 64, dtype=dtype)
+    for row in rows:
+        row.check_room(100)
+        row.append(0, new, new)
+    before = resident() - sum(2 * new.nbytes for _ in rows)
+    for steps in (3, 7, 2):
+        for row in rows:
+            for _ in range(steps):
+                row.check_room(100)
+                for layer in range(5):
+                    row.append(layer, new, new)
+                row.advance(100)
+        held = sum(2 * 5 * new.nbytes * row.length // 100 for row in rows)
+        assert held <= memory.held <= 1.6 * held
+        assert resident() - before == pytest.approx(held, abs=0.1 * held)
+        for row in rows[: len(rows) // 2]:
+            row.free()
+        del rows[: len(rows) // 2]
+        held = sum(2 * 5 * new.nbytes * row.length // 100 for row in rows)
+        assert resident() - before == pytest.approx(held, abs=0.1 * held + (1 << 20))
+    for row in rows:
+        row.free()
+    assert memory.held == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("capacity", [1, 17])
-def test_bytes_for_is_what_a_row_takes(dtype: torch.dtype, capacity: int) -> None:
+def test_bytes_for_is_what_keys_and_values_take(dtype: torch.dtype, capacity: int) -> None:
     shape = KVShape(layers=3, groups=2, dim=4, dtype=dtype, device=CPU)
     row = RowCache(shape, capacity)
     row.check_room(capacity)
-    keys, held = row.append(0, values(capacity).to(dtype), values(capacity).to(dtype))
-    taken = keys.untyped_storage().nbytes() + held.untyped_storage().nbytes()
-    assert shape.bytes_for(capacity) == taken == 2 * 3 * 2 * 4 * capacity * dtype.itemsize
+    taken = 0
+    for layer in range(3):
+        key, value = row.append(layer, values(capacity).to(dtype), values(capacity).to(dtype))
+        taken += key.nbytes + value.nbytes
+    assert row.bytes == shape.bytes_for(capacity) == taken == 2 * 3 * 2 * 4 * capacity * dtype.itemsize
 
 
 def test_the_new_tokens_follow_the_old_in_each_block() -> None:
@@ -158,20 +200,47 @@ def test_memory_that_the_system_refuses_is_not_counted(monkeypatch: pytest.Monke
     memory = KVMemory(1 << 30)
     row = RowCache(SHAPE, 1000, memory)
     row.check_room(10)
-    before, new = memory.held, RowCache._new
+    before = memory.held
 
-    def refuse(self: RowCache, tokens: int) -> Tensor:
-        if refuse.calls:  # type: ignore[attr-defined]
-            raise RuntimeError("out of memory")
-        refuse.calls = True  # type: ignore[attr-defined]
-        return new(self, tokens)
+    def refuse(*_: object) -> Slab:
+        raise MemoryError("out of memory")
 
-    refuse.calls = False  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
-        patch.setattr(RowCache, "_new", refuse)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr("workers.kv.Slab", refuse)
+        with pytest.raises(MemoryError, match="out of memory"):
             row.check_room(500)
     assert memory.held == before == row.bytes
     row.check_room(500)
     row.free()
     assert memory.held == 0
+
+
+@given(st.dictionaries(st.integers(0, 70), st.integers(1, 900)))
+def test_rows_share_a_call_where_little_is_wasted(lengths: dict[int, int]) -> None:
+    rows = sorted(lengths.items())
+    found = runs(rows)
+    assert [index for run in found for index in run] == list(range(len(rows)))
+    for run in found:
+        slots, tokens = zip(*(rows[index] for index in run), strict=True)
+        read = (slots[-1] - slots[0] + 1) * max(tokens)
+        assert len(run) == 1 or read <= 1.5 * sum(max(PAGE, length) for length in tokens)
+
+
+def test_rows_of_about_one_length_without_gaps_share_one_call() -> None:
+    assert runs([(slot, 200 + 5 * slot) for slot in range(16)]) == [range(16)]
+    assert runs([(slot, 1 + slot) for slot in range(16)]) == [range(16)]
+
+
+def test_a_slot_is_zero_for_whoever_takes_it_next() -> None:
+    memory = KVMemory()
+    stays, goes = RowCache(SHAPE, 50, memory), RowCache(SHAPE, 50, memory)
+    for row in (stays, goes):
+        row.check_room(50)
+        row.append(1, values(50), values(50))
+    goes.free()
+    following = RowCache(SHAPE, 50, memory)
+    following.check_room(50)
+    assert following.place is not None
+    assert not following.place.tensor[following.place.slot].any()
+    key, _ = stays.append(1, values(50), values(50))
+    assert torch.equal(key, values(50))

@@ -18,7 +18,7 @@ from codec.partition import Partition
 from codec.partition import Span as Blocks
 from codec.plan import LoraPlan
 from workers.families import FAMILIES, lora_targets
-from workers.kv import RowCache
+from workers.kv import KVMemory, RowCache
 from workers.lora import adapter_tensors, add_adapter, load_adapter
 from workers.parts import Part, stretches
 from workers.span import Span
@@ -204,8 +204,12 @@ def test_sessions_with_different_partitions_and_adapters_prefill_and_decode_in_o
         built = Split(model, peft, silos, split)
         expected = [whole_logits(peft, silo, text) for silo, text in zip(silos, ids, strict=True)]
         spans = [(front, built.host, back) for front, back in built.ends]
+        memory = KVMemory()
         caches = [
-            [RowCache(shape, 24) for shape in (front.kv_shape(), host.kv_shape(silo.trunk), back.kv_shape())]
+            [
+                RowCache(shape, 24, memory)
+                for shape in (front.kv_shape(), host.kv_shape(silo.trunk), back.kv_shape())
+            ]
             for silo, (front, host, back) in zip(silos, spans, strict=True)
         ]
         chunks = [[6 + i, 1, 1, 1, 1, 1, 1] if i % 3 else [0, 0, 9 + i, 1, 1, 1] for i in range(len(silos))]

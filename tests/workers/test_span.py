@@ -15,7 +15,7 @@ from codec.partition import Partition
 from codec.partition import Span as Blocks
 from workers.checkpoint import Checkpoint
 from workers.families import FAMILIES
-from workers.kv import RowCache
+from workers.kv import KVMemory, RowCache
 from workers.span import Span
 
 MODELS = [*FAMILIES, "llama-tied"]
@@ -84,8 +84,9 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def new_caches(parts: tuple[Span, ...], rows: int, capacity: int = 96) -> list[list[RowCache]]:
-    """One list of row caches for each span."""
-    return [[RowCache(part.kv_shape(), capacity) for _ in range(rows)] for part in parts]
+    """One list of row caches for each span, in one memory as a worker's."""
+    memory = KVMemory()
+    return [[RowCache(part.kv_shape(), capacity, memory) for _ in range(rows)] for part in parts]
 
 
 def through(
