@@ -6,16 +6,16 @@ every request of a silo is remembered until its answer passes, so that a worker'
 everyone who waits for it. When a request goes on, its worker's inbox decides (`broker.inbox`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import ClassVar, cast, get_args
 
 from msgspec import Struct
 
 from broker.ask import cost
 from broker.chain import Errand
 from broker.parcel import Parcel, error_parcel
-from broker.pool import Worker, alias_of, check_attach, common_encodings
+from broker.pool import Peer, Worker, alias_of, check_attach, common_encodings
 from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
 from codec.errors import LinkError, ProtocolError, TrunklineError, UnavailableError
@@ -51,7 +51,13 @@ class Send(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Quotas and deadlines. `silence` seconds without a sign of life and a peer is gone."""
+    """Quotas and deadlines.
+
+    A peer is gone after `BEATS` heartbeats without a byte, and after `silence` seconds without a message:
+    its machine still answers then, and its program hangs.
+    """
+
+    BEATS: ClassVar[int] = 2
 
     heartbeat: float = 1.0
     silence: float = 10.0
@@ -85,10 +91,19 @@ class Router:
         except TrunklineError as error:
             return [Send(route, error_parcel(header.id, error))]
 
-    def tick(self, now: float) -> list[Send]:
-        """Forget peers that fell silent."""
-        silent = [p for p in self.peers.values() if now - p.last_heard > self.limits.silence]
+    def tick(self, now: float, quiet_for: Callable[[bytes], float | None] = lambda _: None) -> list[Send]:
+        """Forget peers that fell silent.
+
+        `quiet_for` tells how many seconds ago the last byte came on a route, where that can be told.
+        """
+        silent = [peer for peer in self.peers.values() if self._silent(peer, now, quiet_for)]
         return [send for peer in silent for send in self._forget(peer)]
+
+    def _silent(self, peer: Peer, now: float, quiet_for: Callable[[bytes], float | None]) -> bool:
+        heard, heartbeat = now - peer.last_heard, self.limits.heartbeat
+        if heard <= heartbeat:
+            return False
+        return heard > self.limits.silence or (quiet_for(peer.route) or 0.0) > self.limits.BEATS * heartbeat
 
     def lost(self, route: bytes) -> list[Send]:
         """The connection `route` cannot be written to any more."""

@@ -11,12 +11,15 @@ from broker.door import Door
 from broker.endpoint import check_endpoint, is_ipv6
 from broker.keyring import KeyRing
 from broker.parcel import Parcel, error_parcel
+from broker.pulse import ping
 from broker.router import Router, Send
 from codec.errors import ProtocolError, RefusedError, UsageError
 from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
+from codec.messages import Heartbeat
 
-_TICK_MS = 250
+_TICK_MS = 50
+_PROBE = Parcel.of(Heartbeat())
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _QUEUE = 1 << 14
@@ -58,6 +61,7 @@ class Server:
         self._socket.setsockopt(zmq.SNDHWM, _QUEUE)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.IPV6, is_ipv6(listen))
+        ping(self._socket, router.limits.heartbeat / 2)
         self._door = Door(self._context, self._socket, keys)
         host, _, port = listen.rpartition(":")
         try:
@@ -96,7 +100,8 @@ class Server:
                     self._route(frames, now)
                 if now >= due:
                     due = now + _TICK_MS / 1000
-                    self._send(self.router.tick(now))
+                    self._send([Send(route, _PROBE) for route in self._door.doubtful()])
+                    self._send(self.router.tick(now, self._door.quiet_for))
                     self._revoke()
         finally:
             self.close()

@@ -38,7 +38,7 @@ NOT_ATTACHED = Error(id=0, code="link", what="this connection is not attached", 
 
 
 def begun(attach: Attach = SILO, patience: float = 30.0) -> LinkState:
-    return LinkState(attach, ENDPOINT, patience, 0.0)
+    return LinkState(attach, [ENDPOINT], patience, 0.0)
 
 
 def attached(attach: Attach = SILO, *, heartbeat: float = 1.0, patience: float = 30.0) -> LinkState:
@@ -107,11 +107,23 @@ def test_it_beats_as_often_as_the_broker_asks(heartbeat: float) -> None:
     assert state.attached
 
 
-def test_silence_is_a_loss() -> None:
+def test_two_heartbeats_without_a_byte_are_a_loss() -> None:
     state = attached()
-    assert state.tick(LinkState.SILENCE) == [Transmit(Heartbeat(id=2))]
+    assert state.tick(2.0) == [Transmit(Heartbeat(id=2))]
     assert state.attached
-    assert state.tick(LinkState.SILENCE + 0.1) == [Transmit(SILO)]
+    assert state.tick(2.1) == [Transmit(SILO)]
+    assert not state.attached
+
+
+def test_bytes_alone_do_for_ten_seconds() -> None:
+    """The broker's machine answers pings; its program hangs."""
+    state = attached()
+    for i in range(1, 101):
+        state.felt(i / 10)
+        state.tick(i / 10)
+        assert state.attached
+    state.felt(10.1)
+    assert state.tick(10.1) == [Transmit(SILO)]
     assert not state.attached
 
 
@@ -125,8 +137,16 @@ def test_any_message_is_a_sign_of_life() -> None:
 
 def test_a_slow_heartbeat_is_not_silence() -> None:
     state = attached(heartbeat=LinkState.SILENCE * 2)
-    state.tick(LinkState.SILENCE * 2)
+    state.tick(LinkState.SILENCE * 4)
     assert state.attached
+
+
+def test_a_connection_that_ends_is_a_loss_at_once() -> None:
+    state = attached()
+    assert state.unshaken("broken", 0.1) == [Transmit(SILO)]
+    assert not state.attached
+    assert state.unshaken("broken", 0.2) == []
+    assert state.unshaken("unreachable", 0.2) == [], "with one broker it is waited for"
 
 
 def test_not_attached_means_attach_again_and_once() -> None:
@@ -263,7 +283,7 @@ KEYS = LinkKeys(OWN, "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7")
 
 
 def keyed() -> LinkState:
-    return LinkState(SILO, ENDPOINT, 30.0, 0.0, KEYS)
+    return LinkState(SILO, [ENDPOINT], 30.0, 0.0, KEYS)
 
 
 def why(actions: list[Action]) -> str:
