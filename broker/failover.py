@@ -57,6 +57,14 @@ class Failover:
         if refusal is not None:
             self._refusals[self._at] = refusal
 
+    def unserved(self, now: float) -> bool:
+        """The broker has nobody who could serve. Whether to leave it for another: not if there is none,
+        nor if it was only just come to. Workers may be on their way to it."""
+        if self.alone or now - self._tried[self._at] < self.TRY:
+            return False
+        self.useless(now)
+        return True
+
     def tick(self, now: float) -> Connect | TrunklineError | None:
         """What is due: to go on to another broker, or to give up. Call at least every `RETRY` seconds."""
         if self._lost_since is None:

@@ -28,6 +28,7 @@ from codec.logs import Log
 from codec.messages import Attach, Encodings, Error, Leave
 
 _GOODBYE_S = 0.5
+_PARTING_MS = 100
 _PING_S = 0.5
 _BURST = 256
 """Messages read before the link beats and sends again."""
@@ -187,7 +188,8 @@ class ZmqLink:
             socket.connect(self._endpoint)
             self._loop(socket, watch)
         if self._moving:
-            socket.setsockopt(zmq.LINGER, 0)  # What could not leave was answered with an error.
+            self._put(socket, Parcel.of(Leave()))
+            socket.setsockopt(zmq.LINGER, _PARTING_MS)  # It may well be dead.
         elif self._state.attached:
             self._leave(socket)
 

@@ -133,10 +133,9 @@ class LinkState:
 
     def elsewhere(self, now: float) -> list[Action]:
         """The broker has nobody who could serve; another may. Without another nothing changes."""
-        if self._failover.alone or not self.attached:
-            return []
-        self.attached = False
-        self._failover.useless(now)
+        if self.attached and self._failover.unserved(now):
+            self.attached = False
+            return self.tick(now)
         return []
 
     def sent(self, header: AnyHeader, size: int, now: float) -> list[Action]:

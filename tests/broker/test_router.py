@@ -60,7 +60,7 @@ def test_a_goodbye_is_answered_last(desk: Any) -> None:
     silo.opens("s", 1)
     silo.says(Leave())
     error, leave = silo.read()
-    assert (error.id, error.code) == (1, "unavailable")
+    assert (error.id, error.code) == (1, "nobody")
     assert leave == Leave()
     assert not desk.router.peers
 
