@@ -50,6 +50,15 @@ kv_memory_option = click.option(
     help="Seconds in which what is open may end after SIGTERM; nothing new is taken meanwhile.",
 )
 @click.option(
+    "--stall",
+    type=click.FloatRange(min=1.0),
+    default=120.0,
+    show_default=True,
+    metavar="S",
+    help="A pass that takes so long is stuck, and one that takes ten times as long as such passes did: the "
+    "worker ends, so that its sessions go on elsewhere.",
+)
+@click.option(
     "--name",
     default=socket.gethostname,
     help="How logs call this worker.  [default: the key's, or host name]",
@@ -73,6 +82,7 @@ def worker(
     activation_memory: int,
     metrics: str | None,
     drain: float,
+    stall: float,
     name: str,
     key: Path | None,
     broker_key: str | None,
@@ -98,6 +108,7 @@ def worker(
     from workers.serve import serve, worker_attach
     from workers.service import TrunkService
     from workers.span import Span
+    from workers.stall import end_if_stuck
 
     logs.configure()
     runtime.quiet_libraries()
@@ -114,6 +125,7 @@ def worker(
     if metrics:
         click.echo(f"metrics at {serve_metrics(metrics, WorkerMetrics(service), 'worker')}")
     link = attach_everywhere(brokers, worker_attach(span, card, name), patience=patience, keys=keys)
+    end_if_stuck(service.busy, link, stall)
     try:
         serve(link, service, stop, drain_s=drain)
     finally:
