@@ -57,7 +57,7 @@ class Door:
         """
         if not isinstance(parcel.header, Attach):
             return parcel
-        self._lines.attached(route.bytes, route.get(zmq.MessageOption.SRCFD))
+        self._lines.attached(route.bytes, route.get(zmq.MessageOption.SRCFD), time.monotonic())
         if self._gate is None:
             return parcel
         try:
@@ -67,9 +67,9 @@ class Door:
             raise
 
     def doubtful(self) -> list[bytes]:
-        """Routes whose connection has ended a moment ago, or seems to have: a message will tell."""
+        """Routes whose connection seems to have ended for good: a message will tell."""
         ended = self._watch.ended
-        return self._lines.doubtful([ended.popleft() for _ in range(len(ended))])
+        return self._lines.doubtful([ended.popleft() for _ in range(len(ended))], time.monotonic())
 
     def quiet_for(self, route: bytes) -> float | None:
         """Seconds since the last byte of the peer at this route; None if that cannot be told."""

@@ -98,6 +98,10 @@ class Inbox(Generic[A]):
             ask.tokens = 0
         self.tokens_under_way = 0
 
+    def under_way(self) -> list[A]:
+        """What was sent and is not answered."""
+        return list(self._under_way.values())
+
     def withdraw(self, silo: bytes, flow: Flow | None = None) -> list[A]:
         """Forget what waits of one silo, or of one of its flows."""
         gone: list[A] = []

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 
 from broker.pulse import quiet_for
 
-_LOOKS = 5
-"""How often a peer is probed after its connection ended. ZeroMQ tells of that a moment before it stops
-taking messages for it."""
+_GRACE_S = 0.4
+"""A peer that lives connects again and attaches within this time, and keeps what it has."""
 
 
 class Lines:
@@ -19,31 +18,32 @@ class Lines:
     def __init__(self) -> None:
         self._routes: dict[int, bytes] = {}
         self._connections: dict[bytes, int] = {}
-        self._doubted: dict[bytes, int] = {}
+        self._doubted: dict[bytes, float] = {}
 
-    def attached(self, route: bytes, connection: int) -> None:
+    def attached(self, route: bytes, connection: int, now: float) -> None:
         """Somebody attached over this connection. Whoever had one of the same number has none now."""
-        self._end(connection, unless=route)
+        if self._routes.get(connection) != route:
+            self._end(connection, now)
         self._routes[connection], self._connections[route] = route, connection
 
     def quiet_for(self, route: bytes) -> float | None:
         """Seconds since the last byte of this peer; None if that cannot be told."""
         return quiet_for(self._connections.get(route))
 
-    def doubtful(self, ended: Iterable[int]) -> list[bytes]:
-        """Given the connections that have ended since: peers that may be gone, to be probed now.
+    def doubtful(self, ended: Iterable[int], now: float) -> list[bytes]:
+        """Given the connections that have ended since: peers that are gone by now, to be probed.
 
-        The number of a connection that ended may be another's by now, so these are not surely gone.
+        The number of a connection that ended may be another's already, so one or the other may live.
         """
         for connection in ended:
-            self._end(connection)
-        probed = list(self._doubted)
-        self._doubted = {route: looks - 1 for route, looks in self._doubted.items() if looks > 1}
-        return probed
+            self._end(connection, now)
+        due = [route for route, at in self._doubted.items() if now - at >= _GRACE_S]
+        for route in due:
+            del self._doubted[route]
+        return due
 
-    def _end(self, connection: int, unless: bytes | None = None) -> None:
-        route = self._routes.get(connection)
-        if route is not None and route != unless:
-            self._doubted[route] = _LOOKS
-            if unless is not None:
-                self._connections.pop(route, None)
+    def _end(self, connection: int, now: float) -> None:
+        route = self._routes.pop(connection, None)
+        if route is not None:
+            self._doubted[route] = now
+            self._connections.pop(route, None)

@@ -22,6 +22,7 @@ from codec.messages import (
 )
 
 _RESTARTED = "the broker was restarted, or heard nothing from here for too long"
+_BROKEN = "the connection to the broker broke"
 _MOVED = "the broker is lost, and another one is tried"
 
 
@@ -111,7 +112,7 @@ class LinkState:
         """The connection to the broker, or an attempt at one, failed."""
         endpoint = self._failover.endpoint
         if failure == "broken":
-            return self._lose(now)
+            return [*self._lose(now), *self._unanswered(_BROKEN)]
         if failure == "unreachable" and not self.attached:
             self._failover.useless(now)
             return []
@@ -200,11 +201,15 @@ class LinkState:
 
     def _forgotten(self, why: str) -> list[Action]:
         """The broker knows nothing of this peer: no answer will come, and no silo's names are left."""
+        everyone = [Deliver(Parcel.of(Gone(name="every silo")))] if self._attach.role == "worker" else []
+        return [*self._unanswered(why), *everyone]
+
+    def _unanswered(self, why: str) -> list[Action]:
+        """What waits for an answer that may have been lost, or its request: nobody else knows of it."""
         error = UnavailableError(f"{why}: the answer is lost", side="broker", hint="Repeat the command.")
-        lost = [Deliver(error_parcel(number, error)) for number in self._waiting]
+        lost: list[Action] = [Deliver(error_parcel(number, error)) for number in self._waiting]
         self._waiting.clear()
-        everyone = Deliver(Parcel.of(Gone(name="every silo")))
-        return [*lost, everyone] if self._attach.role == "worker" else [*lost]
+        return lost
 
 
 def _not_allowed(endpoint: str, keys: LinkKeys) -> RefusedError:

@@ -138,6 +138,7 @@ class Router:
         sends.append(Send(route, Parcel.of(welcome)))
         if isinstance(peer, Worker):
             if moved:
+                sends += self._interrupted(peer)
                 peer.inbox.renew()
             sends += self._released(peer)
         return sends
@@ -185,6 +186,21 @@ class Router:
                 if hold.chain is not None:
                     yield from self._break(silo, hold, error)
             silo.owed = {number for number in silo.owed if self.registry.owed(silo.alias, number)}
+
+    def _interrupted(self, worker: Worker) -> Iterator[Send]:
+        """The worker is on a new connection: what was on its way on the old one may be lost.
+
+        What it holds is still there. Its silos ask anew, and a late answer is nobody's.
+        """
+        error = UnavailableError(f"the connection to worker {worker.name!r} broke", hint=START_AGAIN)
+        for pending in worker.inbox.under_way():
+            silo, hold = pending.silo, pending.hold
+            if silo.take(pending):
+                silo.owed.add(pending.number)
+                yield Send(silo.route, error_parcel(pending.number, error))
+            elif hold.chain is not None and not hold.lost and silo.has(hold):
+                hold.lost = worker.name
+                yield from self._break(silo, hold, error)
 
     def _break(self, silo: Silo, hold: Hold, error: TrunklineError) -> Iterator[Send]:
         """A session has lost one of its stages: the others free what they have of it."""
@@ -250,6 +266,8 @@ class Router:
             sends = self._stage_answered(worker, silo, hold, parcel)
         else:
             sends = []  # Nobody waits for it any more.
+            if pending.opens is not None and self.registry.silos.get(silo.alias) is silo:
+                self._opened(silo, hold, isinstance(parcel.header, Error))
             if (now := self.registry.silos.get(silo.alias)) and not self.registry.owed(silo.alias, number):
                 now.owed.discard(number)
         if worker.inbox.waiting:

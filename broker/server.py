@@ -19,6 +19,7 @@ from codec.logs import Log
 from codec.messages import Heartbeat
 
 _TICK_MS = 50
+_STOOD_S = 1.0
 _PROBE = Parcel.of(Heartbeat())
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -98,7 +99,9 @@ class Server:
                 else:
                     now = time.monotonic()
                     self._route(frames, now)
-                if now >= due:
+                if now >= due + _STOOD_S:
+                    due = now + _STOOD_S  # This process was stopped: first it reads what came meanwhile.
+                elif now >= due:
                     due = now + _TICK_MS / 1000
                     self._send([Send(route, _PROBE) for route in self._door.doubtful()])
                     self._send(self.router.tick(now, self._door.quiet_for))

@@ -522,10 +522,17 @@ def test_a_worker_that_attaches_again_keeps_what_it_has(desk: Any) -> None:
     worker.reattaches()
     assert [h for h in worker.read() if isinstance(h, Welcome)] == [Welcome(heartbeat=1.0, resumed=True)]
     assert desk.load(worker) == 2
+    errors = silo.read()
+    assert [(error.id, error.code) for error in errors] == [(1, "unavailable"), (2, "unavailable")]
+    assert "broke" in errors[0].what, "they may have been lost with the old connection, or their answers"
     worker.says(Opened(id=1), peer=silo.alias)
-    assert silo.read() == [Opened(id=1)]
-    silo.extends("s", 3)
-    assert [h.id for h in worker.read()] == [3]
+    assert silo.read() == [], "too late"
+    silo.opens("s", 3)
+    assert desk.load(worker) == 2
+    worker.says(Opened(id=3), peer=silo.alias)
+    silo.extends("s", 4)
+    assert [h.id for h in worker.read()] == [3, 4]
+    assert silo.read() == [Opened(id=3)]
 
 
 def test_attaching_twice_on_one_connection_changes_nothing(desk: Any) -> None:
