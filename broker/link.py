@@ -30,6 +30,7 @@ from codec.messages import Attach, Encodings, Error, Leave
 _GOODBYE_S = 0.5
 _PARTING_MS = 100
 _PING_S = 0.5
+_LOOK_S = 0.1
 _BURST = 256
 """Messages read before the link beats and sends again."""
 
@@ -197,6 +198,7 @@ class ZmqLink:
         poller = zmq.Poller()
         poller.register(watch.events, zmq.POLLIN)
         poller.register(self._bell.fileno(), zmq.POLLIN)
+        look = 0.0
         self._act(socket, self._state.tick(time.monotonic()))
         while self._failure is None and not self._moving and not self._finished(time.monotonic()):
             # Where something could not leave, wake up as soon as it can: connected, or room again.
@@ -213,7 +215,9 @@ class ZmqLink:
             if self._unserved.is_set():
                 self._unserved.clear()
                 self._act(socket, self._state.elsewhere(time.monotonic()))
-            self._state.felt(time.monotonic() - (quiet_for(watch.connection) or 0.0))
+            if (now := time.monotonic()) >= look:
+                look = now + _LOOK_S
+                self._state.felt(now - (quiet_for(watch.connection) or 0.0))
             self._act(socket, self._state.tick(time.monotonic()))
             self._flush(socket)
 

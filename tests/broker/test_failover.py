@@ -59,7 +59,7 @@ class Brokers(RuleBasedStateMachine):
             self._lose()
             self.tried_at = min(self.tried_at, self.now - Failover.TRY)
 
-    @rule(steps=st.integers(1, 80))
+    @rule(steps=st.integers(1, 50))
     def time_passes(self, steps: int) -> None:
         for _ in range(steps):
             if self.ended is None:
@@ -94,7 +94,7 @@ class Brokers(RuleBasedStateMachine):
 
 
 TestBrokers = Brokers.TestCase
-TestBrokers.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestBrokers.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
 
 
 def test_all_are_tried_in_order_round_and_round_until_patience_ends() -> None:
