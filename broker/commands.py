@@ -29,13 +29,22 @@ from codec import logs
 )
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there; port 0 too.")
 @click.option(
+    "--heartbeat",
+    type=click.FloatRange(min=0.1),
+    default=Limits().heartbeat,
+    show_default=True,
+    metavar="S",
+    help="How often peers beat. One of whom nothing comes for two heartbeats is gone.",
+)
+@click.option(
     "--silence",
     type=click.FloatRange(min=2.0),
     default=Limits().silence,
     show_default=True,
-    help="Seconds without a sign of life after which a peer is gone.",
+    metavar="S",
+    help="Seconds without a message after which a peer is gone although its machine answers.",
 )
-def broker(listen: str, keys: Path | None, metrics: str | None, silence: float) -> None:
+def broker(listen: str, keys: Path | None, metrics: str | None, heartbeat: float, silence: float) -> None:
     """Route messages between silos and workers. Needs no GPU and never looks into a tensor.
 
     \b
@@ -46,7 +55,9 @@ def broker(listen: str, keys: Path | None, metrics: str | None, silence: float) 
     """
     logs.configure()
     keep_freed_memory()
-    server = Server(listen, Router(Limits(silence=silence)), KeyRing(keys) if keys else None)
+    server = Server(
+        listen, Router(Limits(heartbeat=heartbeat, silence=silence)), KeyRing(keys) if keys else None
+    )
     try:
         if metrics:
             click.echo(f"metrics at {serve_metrics(metrics, BrokerMetrics(server), 'broker')}")

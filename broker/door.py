@@ -1,4 +1,4 @@
-"""The broker's door: it answers who may connect, and says who could not, on a thread of its own.
+"""The broker's door: it answers who may connect, and says who could not or left, on a thread of its own.
 
 ZeroMQ asks over a socket (ZAP) and reports over another; neither is in the way of messages. The key
 directory is looked at here too, a few times a second.
@@ -14,6 +14,7 @@ import zmq
 from broker.gate import DOMAIN, Gate
 from broker.handshake import Failure, Watch
 from broker.keyring import KeyRing
+from broker.lines import Lines
 from broker.parcel import Parcel
 from codec.errors import RefusedError
 from codec.logs import Log
@@ -37,6 +38,7 @@ class Door:
         self._gate = Gate(keys) if keys else None
         self._log = Log("broker")
         self._quiet_until = 0.0
+        self._lines = Lines()
         # Without anyone to ask, ZeroMQ would let everybody in: it is told to insist on an answer.
         self._questions = context.socket(zmq.REP)
         self._questions.bind("inproc://zeromq.zap.01")
@@ -53,6 +55,8 @@ class Door:
 
         Raises `RefusedError` for an introduction or a question that its connection's key does not allow.
         """
+        if isinstance(parcel.header, Attach):
+            self._lines.attached(route, frame.get(zmq.MessageOption.SRCFD), time.monotonic())
         if self._gate is None or not isinstance(parcel.header, Attach | Status):
             return parcel
         key = str(frame.get("User-Id"))
@@ -64,6 +68,15 @@ class Door:
         except RefusedError as error:
             self._complain("refused", why=error.what)
             raise
+
+    def doubtful(self) -> list[bytes]:
+        """Routes whose connection seems to have ended for good: a message will tell."""
+        ended = self._watch.ended
+        return self._lines.doubtful([ended.popleft() for _ in range(len(ended))], time.monotonic())
+
+    def quiet_for(self, route: bytes) -> float | None:
+        """Seconds since the last byte of the peer at this route; None if that cannot be told."""
+        return self._lines.quiet_for(route)
 
     def revoked(self, attached: Container[bytes]) -> Iterable[tuple[bytes, RefusedError]]:
         """Of the `attached` routes those whose key is allowed no longer, and what to tell them."""

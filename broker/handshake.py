@@ -1,18 +1,22 @@
-"""Why connections fail before a message crosses. ZeroMQ keeps it to itself unless it is watched."""
+"""Why connections fail, and when they end. ZeroMQ keeps it to itself unless it is watched."""
 
 import socket as sockets
 import time
+from collections import deque
 from typing import Literal
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-Failure = Literal["refused", "mechanism", "cryptographic", "cut"]
+Failure = Literal["refused", "mechanism", "cryptographic", "cut", "unreachable", "broken"]
 """The broker refused the key; one side uses keys and the other none; a box could not be opened (seen by
-the broker alone, where the peer has another broker's public key); a broker hung up."""
+the broker alone, where the peer has another broker's public key); a broker hung up; nobody listens there;
+a connection that stood has ended (the last two are seen by who connects)."""
 
+_CONNECTIONS = zmq.Event.CONNECTED | zmq.Event.CLOSED
 _EVENTS = (
-    zmq.Event.HANDSHAKE_FAILED_AUTH
+    zmq.Event.DISCONNECTED
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
     | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
 )
@@ -32,7 +36,7 @@ _GREETING = b"\xff" + bytes(8) + b"\x7f\x03"
 
 
 class Watch:
-    """The failed handshakes of one socket. Poll `events`; close it before the socket.
+    """The failed and ended connections of one socket. Poll `events`; close it before the socket.
 
     A socket that connects gives its `endpoint`. Whichever side finds first that only one of them uses
     keys hangs up, and the other would never know why: so who listens there is asked.
@@ -42,7 +46,13 @@ class Watch:
         self._socket = socket
         self._endpoint = endpoint
         self._asked = 0.0
-        self.events: zmq.Socket[bytes] = socket.get_monitor_socket(_EVENTS)
+        self.connection: int | None = None
+        """The file descriptor of who connected."""
+        self.ended: deque[int] = deque()
+        """Those of the connections of who listens that have ended; whoever wants to know empties it."""
+        self.events: zmq.Socket[bytes] = socket.get_monitor_socket(
+            _EVENTS | _CONNECTIONS if endpoint else _EVENTS
+        )
 
     def failures(self) -> list[Failure]:
         """What happened since the last call."""
@@ -56,7 +66,20 @@ class Watch:
                 found.append(_PROTOCOL[value])
             elif event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
                 found += self._cut()
+            elif event == zmq.Event.CONNECTED:
+                self.connection = value
+            elif event == zmq.Event.CLOSED:
+                found.append("unreachable")
+            elif event == zmq.Event.DISCONNECTED:
+                found += self._ended(value)
         return found
+
+    def _ended(self, connection: int) -> list[Failure]:
+        if not self._endpoint:
+            self.ended.append(connection)
+            return []
+        self.connection = None
+        return ["broken"]
 
     def _cut(self) -> list[Failure]:
         """What it means that the other side hung up: nothing if it is no broker, or none is there yet."""

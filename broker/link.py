@@ -9,15 +9,18 @@ import socket as sockets
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import zmq
 
 from broker.endpoint import check_endpoint, is_ipv6
+from broker.failover import Connect
 from broker.handshake import Watch
 from broker.keys import LinkKeys
 from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
 from broker.parcel import Parcel
+from broker.pulse import ping, quiet_for
 from broker.speed import Speed
 from codec.errors import FrameError, LinkError, ProtocolError, TrunklineError
 from codec.limits import MAX_FRAME_BYTES
@@ -25,6 +28,9 @@ from codec.logs import Log
 from codec.messages import Attach, Encodings, Error, Leave
 
 _GOODBYE_S = 0.5
+_PARTING_MS = 100
+_PING_S = 0.5
+_LOOK_S = 0.1
 _BURST = 256
 """Messages read before the link beats and sends again."""
 
@@ -39,6 +45,13 @@ class Link(Protocol):
     @property
     def encodings(self) -> Encodings:
         """What every worker attached to the broker reads."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether a broker knows of it now."""
+
+    def elsewhere(self) -> None:
+        """The broker has nobody who could serve: use another, if there is one."""
 
     def send(self, parcel: Parcel) -> None:
         """Queue a message. Order is kept.
@@ -55,25 +68,38 @@ class Link(Protocol):
 
 
 class ZmqLink:
-    """A link over TCP. Attaches by itself, and again after every loss, for `patience` seconds."""
+    """A link over TCP. Attaches by itself, and again after every loss, for `patience` seconds.
+
+    Of several brokers it uses one at a time, the first that serves. What was asked of the last one
+    when it goes to another is answered with `UnavailableError`.
+    """
 
     def __init__(
-        self, endpoint: str, attach: Attach, *, patience: float = 30.0, keys: LinkKeys | None = None
+        self,
+        endpoints: str | Sequence[str],
+        attach: Attach,
+        *,
+        patience: float = 30.0,
+        keys: LinkKeys | None = None,
     ) -> None:
         """Start connecting; nothing is awaited.
 
         Raises `UsageError` for a malformed endpoint, and without `keys` for one beyond loopback.
         """
-        check_endpoint(endpoint, keys=keys is not None)
-        self._endpoint = endpoint
+        endpoints = [endpoints] if isinstance(endpoints, str) else list(endpoints)
+        for endpoint in endpoints:
+            check_endpoint(endpoint, keys=keys is not None)
+        self._endpoint = endpoints[0]
         self._keys = keys
-        self._state = LinkState(attach, endpoint, patience, time.monotonic(), keys)
+        self._state = LinkState(attach, endpoints, patience, time.monotonic(), keys)
         self._inbox: queue.SimpleQueue[Parcel | TrunklineError] = queue.SimpleQueue()
         self._outbox: deque[Parcel] = deque()
         self._failure: TrunklineError | None = None
         self._closing = threading.Event()
         self._until = 0.0
         self._blocked = False
+        self._moving = False
+        self._unserved = threading.Event()
         # A socket object, not a bare pipe: a late `send` finds it closed, and not another's file.
         self._bell, self._button = sockets.socketpair()
         self._bell.setblocking(False)
@@ -90,6 +116,16 @@ class ZmqLink:
     def encodings(self) -> Encodings:
         """See `Link.encodings`."""
         return self._state.encodings
+
+    @property
+    def attached(self) -> bool:
+        """See `Link.attached`."""
+        return self._state.attached
+
+    def elsewhere(self) -> None:
+        """See `Link.elsewhere`."""
+        self._unserved.set()
+        self._ring()
 
     def send(self, parcel: Parcel) -> None:
         """See `Link.send`."""
@@ -127,44 +163,63 @@ class ZmqLink:
 
     def _run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]]
-        with self._bell, zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        with self._bell, zmq.Context() as context:
             try:
-                socket.setsockopt(zmq.LINGER, int(_GOODBYE_S * 1000))
-                socket.setsockopt(zmq.IMMEDIATE, 1)  # Nothing is queued for a broker that is not there.
-                socket.setsockopt(zmq.IPV6, is_ipv6(self._endpoint))
-                socket.setsockopt(zmq.RECONNECT_IVL, 50)
-                socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-                socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-                if self._keys is not None:
-                    self._keys.guard(socket)
-                with contextlib.closing(Watch(socket, self._endpoint)) as watch:
-                    socket.connect(self._endpoint)
-                    self._loop(socket, watch)
+                self._moving = True
+                while self._moving:
+                    self._moving = False
+                    with context.socket(zmq.DEALER) as socket:
+                        self._connected(socket)
             except Exception as error:  # The owner must hear of it: it would wait for ever.
                 Log("link").failed("the link broke")
                 self._fail(TrunklineError(f"the link broke: {error}"))
+
+    def _connected(self, socket: "zmq.Socket[bytes]") -> None:
+        """Talk to one broker, until the link ends or another broker is to be used."""
+        socket.setsockopt(zmq.LINGER, int(_GOODBYE_S * 1000))
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # Nothing is queued for a broker that is not there.
+        socket.setsockopt(zmq.IPV6, is_ipv6(self._endpoint))
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        ping(socket, _PING_S)
+        if self._keys is not None:
+            self._keys.guard(socket)
+        with contextlib.closing(Watch(socket, self._endpoint)) as watch:
+            socket.connect(self._endpoint)
+            self._loop(socket, watch)
+        if self._moving:
+            self._put(socket, Parcel.of(Leave()))
+            socket.setsockopt(zmq.LINGER, _PARTING_MS)  # It may well be dead.
+        elif self._state.attached:
+            self._leave(socket)
 
     def _loop(self, socket: "zmq.Socket[bytes]", watch: Watch) -> None:
         poller = zmq.Poller()
         poller.register(watch.events, zmq.POLLIN)
         poller.register(self._bell.fileno(), zmq.POLLIN)
+        look = 0.0
         self._act(socket, self._state.tick(time.monotonic()))
-        while self._failure is None and not self._finished(time.monotonic()):
+        while self._failure is None and not self._moving and not self._finished(time.monotonic()):
             # Where something could not leave, wake up as soon as it can: connected, or room again.
             poller.register(socket, zmq.POLLIN | zmq.POLLOUT if self._blocked else zmq.POLLIN)
             ready = dict(poller.poll(100))
             self._blocked = False
             if self._bell.fileno() in ready:
                 self._bell.recv(4096)
+            if ready.get(socket, 0) & zmq.POLLIN:
+                self._drain(socket)
             if watch.events in ready:
                 for failure in watch.failures():
                     self._act(socket, self._state.unshaken(failure, time.monotonic()))
-            if ready.get(socket, 0) & zmq.POLLIN:
-                self._drain(socket)
+            if self._unserved.is_set():
+                self._unserved.clear()
+                self._act(socket, self._state.elsewhere(time.monotonic()))
+            if (now := time.monotonic()) >= look:
+                look = now + _LOOK_S
+                self._state.felt(now - (quiet_for(watch.connection) or 0.0))
             self._act(socket, self._state.tick(time.monotonic()))
             self._flush(socket)
-        if self._state.attached:
-            self._leave(socket)
 
     def _leave(self, socket: "zmq.Socket[bytes]") -> None:
         """Say goodbye, and wait until the broker has read it and with it everything before."""
@@ -208,6 +263,8 @@ class ZmqLink:
                         self._state.unsent()
                 case Deliver(parcel):
                     self._inbox.put(parcel)
+                case Connect(endpoint):
+                    self._endpoint, self._moving = endpoint, True
                 case Fail(error):
                     self._fail(error)
 

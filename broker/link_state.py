@@ -1,8 +1,9 @@
-"""What a silo's or worker's link decides: when to attach, to beat, and to give up. No sockets."""
+"""What a silo's or worker's link decides: when to attach, to beat, to go elsewhere. No sockets."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from broker.failover import Connect, Failover
 from broker.handshake import Failure
 from broker.keys import LinkKeys
 from broker.parcel import Parcel, error_parcel
@@ -19,6 +20,10 @@ from codec.messages import (
     Request,
     Welcome,
 )
+
+_RESTARTED = "the broker was restarted, or heard nothing from here for too long"
+_BROKEN = "the connection to the broker broke"
+_MOVED = "the broker is lost, and another one is tried"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +47,30 @@ class Fail:
     error: TrunklineError
 
 
-Action = Transmit | Deliver | Fail
+Action = Transmit | Deliver | Fail | Connect
 
 
 class LinkState:
-    """Attach, and attach again after every loss, until the broker was silent for `patience` seconds."""
+    """Attach, and attach again after every loss, until no broker answered for `patience` seconds.
+
+    Of several brokers one is used at a time (`broker.failover`).
+    """
 
     RETRY = 0.5
-    SILENCE = 5.0
+    SILENCE = 10.0
+    """Seconds without a message after which the broker's program hangs: its machine may still answer."""
+    BEATS = 2
+    """Heartbeats without a single byte after which the broker, or the way to it, is gone."""
     CUT = 1.5
     """Seconds of nothing but handshakes that are cut off, after which it is the broker's key."""
 
     def __init__(
-        self, attach: Attach, endpoint: str, patience: float, now: float, keys: LinkKeys | None = None
+        self,
+        attach: Attach,
+        endpoints: Sequence[str],
+        patience: float,
+        now: float,
+        keys: LinkKeys | None = None,
     ) -> None:
         self.attached = False
         self.encodings: Encodings = ENCODINGS
@@ -62,51 +78,65 @@ class LinkState:
         self.meter = SpeedMeter()
         self._known = False
         self._attach = attach
-        self._endpoint = endpoint
-        self._patience = patience
+        self._failover = Failover(endpoints, patience, now)
         self._keys = keys
         self._cut = (now, now)
-        self._lost_since = now
-        self._heard = now
+        self._heard = self._felt = now
         self._sent = float("-inf")
         self._heartbeat = 1.0
         self._waiting: dict[int, None] = {}
 
     def arrived(self, parcel: Parcel, now: float) -> list[Action]:
         """A message came from the broker."""
-        self._heard = now
+        self._heard = self._felt = now
         header = parcel.header
         if isinstance(header, Welcome):
             again = self._known and not self.attached
             self.attached = self._known = True
+            self._failover.welcomed()
             self._heartbeat = header.heartbeat
             self.encodings = header.encodings
             self.unsent()  # The next tick beats at once: it measures the round trip.
-            if not again:
-                return []
-            return self._interrupted(header.pending) if header.resumed else self._forgotten()
+            return self._forgotten(_RESTARTED) if again and not header.resumed else []
         if isinstance(header, Heartbeat):
             self.meter.echoed(header.id, now)
             return []
         if isinstance(header, Error) and header.id == 0:
             if header.code == LinkError.code:
                 return self._lose(now)
-            return [Fail(from_code(header.code, header.what, header.hint, header.side))]
+            return self._refused(from_code(header.code, header.what, header.hint, header.side), now)
         self._waiting.pop(header.id, None)
         return [Deliver(parcel)]
 
     def unshaken(self, failure: Failure, now: float) -> list[Action]:
-        """A handshake with the broker failed."""
+        """The connection to the broker, or an attempt at one, failed."""
+        endpoint = self._failover.endpoint
+        if failure == "broken":
+            return [*self._lose(now), *self._unanswered(_BROKEN)]
+        if failure == "unreachable" and not self.attached:
+            self._failover.useless(now)
+            return []
         if failure == "refused" and self._keys is not None:
-            return [Fail(_not_allowed(self._endpoint, self._keys))]
+            return self._refused(_not_allowed(endpoint, self._keys), now)
         if failure == "mechanism":
-            return [Fail(_other_mechanism(self._endpoint, self._attach, self._keys))]
+            return self._refused(_other_mechanism(endpoint, self._attach, self._keys), now)
         # A broker that ends cuts a handshake off too; one that could be attached to has the right key.
         if failure == "cut" and self._keys is not None and not self._known:
             first, last = self._cut
             self._cut = (first if now - last < self.CUT else now, now)
             if now - self._cut[0] >= self.CUT:
-                return [Fail(_wrong_broker_key(self._endpoint, self._attach))]
+                return self._refused(_wrong_broker_key(endpoint, self._attach), now)
+        return []
+
+    def felt(self, now: float) -> None:
+        """At `now` bytes came from the broker, perhaps no message yet."""
+        self._felt = now
+
+    def elsewhere(self, now: float) -> list[Action]:
+        """The broker has nobody who could serve; another may. Without another nothing changes."""
+        if self.attached and self._failover.unserved(now):
+            self.attached = False
+            return self.tick(now)
         return []
 
     def sent(self, header: AnyHeader, size: int, now: float) -> list[Action]:
@@ -121,16 +151,25 @@ class LinkState:
 
     def tick(self, now: float) -> list[Action]:
         """Time passed. Call at least every `RETRY` seconds."""
-        if self.attached and now - self._heard > max(self.SILENCE, 3 * self._heartbeat):
+        if self.attached and self._silent(now):
+            self._failover.useless(now)
             return self._lose(now)
         if not self.attached:
-            if now - self._lost_since > self._patience:
-                return [Fail(self._unreachable())]
+            due = self._failover.tick(now)
+            if isinstance(due, Connect):
+                return self._moved(due, now)
+            if due is not None:
+                return [Fail(due)]
             return self._knock(now) if now - self._sent >= self.RETRY else []
         if now - self._sent >= self._heartbeat:
             self._sent = now
             return [self._beat(now)]
         return []
+
+    def _silent(self, now: float) -> bool:
+        return now - self._felt > self.BEATS * self._heartbeat or now - self._heard > max(
+            self.SILENCE, 3 * self._heartbeat
+        )
 
     def _beat(self, now: float) -> Transmit:
         return Transmit(Heartbeat(id=self.meter.beat(now)))
@@ -138,43 +177,39 @@ class LinkState:
     def _lose(self, now: float) -> list[Action]:
         if not self.attached:
             return []  # The broker says it once per message; one attach is on its way already.
-        self.attached, self._lost_since = False, now
+        self.attached = False
+        self._failover.lost(now)
         self.meter.forget()
         return self._knock(now)
+
+    def _refused(self, error: TrunklineError, now: float) -> list[Action]:
+        """This broker will not serve, now or later."""
+        self.attached = False
+        self._failover.useless(now, error)
+        return [Fail(error)] if self._failover.alone else []
+
+    def _moved(self, to: Connect, now: float) -> list[Action]:
+        """Another broker is tried, which knows nothing of what was asked of the last one."""
+        self._known, self._cut = False, (now, now)
+        self.meter.forget()
+        self.unsent()  # The next tick attaches.
+        return [to, *self._forgotten(_MOVED)]
 
     def _knock(self, now: float) -> list[Action]:
         self._sent = now
         return [Transmit(self._attach)]
 
-    def _interrupted(self, pending: Collection[int]) -> list[Action]:
-        """The connection broke: of what the broker does not wait for too, nobody will hear again."""
-        error = UnavailableError(
-            "the connection to the broker broke, and the request or its answer was lost with it",
-            side="broker",
-            hint="Repeat the command.",
-        )
-        return [self._lost(number, error) for number in list(self._waiting) if number not in pending]
-
-    def _lost(self, number: int, error: TrunklineError) -> Action:
-        del self._waiting[number]
-        return Deliver(error_parcel(number, error))
-
-    def _forgotten(self) -> list[Action]:
+    def _forgotten(self, why: str) -> list[Action]:
         """The broker knows nothing of this peer: no answer will come, and no silo's names are left."""
-        error = UnavailableError(
-            "the broker was restarted, or heard nothing from here for too long: the answer is lost",
-            side="broker",
-            hint="Repeat the command.",
-        )
-        lost = [self._lost(number, error) for number in list(self._waiting)]
-        everyone = Deliver(Parcel.of(Gone(name="every silo")))
-        return [*lost, everyone] if self._attach.role == "worker" else [*lost]
+        everyone = [Deliver(Parcel.of(Gone(name="every silo")))] if self._attach.role == "worker" else []
+        return [*self._unanswered(why), *everyone]
 
-    def _unreachable(self) -> LinkError:
-        return LinkError(
-            f"no broker answered at {self._endpoint} for {self._patience:g} s",
-            hint=f"Start one (trunkline broker --listen {self._endpoint}), or check --broker.",
-        )
+    def _unanswered(self, why: str) -> list[Action]:
+        """What waits for an answer that may have been lost, or its request: nobody else knows of it."""
+        error = UnavailableError(f"{why}: the answer is lost", side="broker", hint="Repeat the command.")
+        lost: list[Action] = [Deliver(error_parcel(number, error)) for number in self._waiting]
+        self._waiting.clear()
+        return lost
 
 
 def _not_allowed(endpoint: str, keys: LinkKeys) -> RefusedError:

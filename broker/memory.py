@@ -60,6 +60,14 @@ class MemoryLink:
         self.speed: Speed | None = None
         """Nothing is sent anywhere: there is nothing to measure."""
 
+    @property
+    def attached(self) -> bool:
+        """See `broker.link.Link.attached`."""
+        return not self._closed
+
+    def elsewhere(self) -> None:
+        """See `broker.link.Link.elsewhere`."""
+
     def send(self, parcel: Parcel) -> None:
         """See `broker.link.Link.send`."""
         if self._closed:

@@ -3,7 +3,7 @@
 from broker.ask import flow_of
 from broker.chain import Chain
 from broker.pool import Worker
-from broker.routes import choose_route, choose_worker
+from broker.routes import choose_home, choose_route
 from broker.silo import Hold, Silo
 from codec.errors import UnavailableError, UnknownNameError
 from codec.messages import CloseRun, CloseSession, OpenRun, OpenSession, Request
@@ -79,7 +79,7 @@ class Registry:
         if isinstance(header, OpenRun):
             home = self.runs.get(header.run)
             if home is None:
-                home = self.runs[header.run] = choose_worker(self.workers.values(), *wanted)
+                home = self.runs[header.run] = choose_home(header.run, self.workers.values(), *wanted)
                 home.load += 1
             return Hold(flow, home)
         stages = choose_route(self.workers.values(), *wanted)

@@ -6,21 +6,20 @@ every request of a silo is remembered until its answer passes, so that a worker'
 everyone who waits for it. When a request goes on, its worker's inbox decides (`broker.inbox`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import ClassVar, cast, get_args
 
 from msgspec import Struct
 
 from broker.ask import cost
 from broker.chain import Errand
 from broker.parcel import Parcel, error_parcel
-from broker.pool import Worker, alias_of, check_attach, common_encodings
+from broker.pool import Peer, Worker, alias_of, check_attach, common_encodings
 from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
 from broker.status import pool_status
 from codec.errors import LinkError, ProtocolError, TrunklineError, UnavailableError
-from codec.limits import MAX_PENDING
 from codec.messages import (
     Answer,
     AnyHeader,
@@ -54,11 +53,17 @@ class Send(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Quotas and deadlines. `silence` seconds without a sign of life and a peer is gone."""
+    """Quotas and deadlines.
+
+    A peer is gone after `BEATS` heartbeats without a byte, and after `silence` seconds without a message:
+    its machine still answers then, and its program hangs.
+    """
+
+    BEATS: ClassVar[int] = 2
 
     heartbeat: float = 1.0
     silence: float = 10.0
-    requests: int = MAX_PENDING
+    requests: int = 1024
     bytes: int = 1 << 30
 
 
@@ -90,15 +95,19 @@ class Router:
         except TrunklineError as error:
             return [Send(route, error_parcel(header.id, error))]
 
-    def tick(self, now: float) -> list[Send]:
-        """Forget peers that fell silent."""
-        silent = [p for p in self.peers.values() if now - p.last_heard > self.limits.silence]
+    def tick(self, now: float, quiet_for: Callable[[bytes], float | None] = lambda _: None) -> list[Send]:
+        """Forget peers that fell silent.
+
+        `quiet_for` tells how many seconds ago the last byte came on a route, where that can be told.
+        """
+        silent = [peer for peer in self.peers.values() if self._silent(peer, now, quiet_for)]
         return [send for peer in silent for send in self._forget(peer)]
 
-    def slept(self, seconds: float) -> None:
-        """The broker itself did not run; what its peers said meanwhile waits to be read."""
-        for peer in self.peers.values():
-            peer.last_heard += seconds
+    def _silent(self, peer: Peer, now: float, quiet_for: Callable[[bytes], float | None]) -> bool:
+        heard, heartbeat = now - peer.last_heard, self.limits.heartbeat
+        if heard <= heartbeat:
+            return False
+        return heard > self.limits.silence or (quiet_for(peer.route) or 0.0) > self.limits.BEATS * heartbeat
 
     def farewell(self) -> list[Send]:
         """The broker is about to end: every peer looks for one now, and not after a silence."""
@@ -134,7 +143,6 @@ class Router:
             heartbeat=self.limits.heartbeat,
             resumed=before is not None,
             encodings=common_encodings(self.registry.workers.values()),
-            pending=tuple(sorted(peer.pending)) if isinstance(peer, Silo) else (),
         )
         sends.append(Send(route, Parcel.of(welcome)))
         if isinstance(peer, Worker):
@@ -142,19 +150,6 @@ class Router:
                 sends += self._interrupted(peer)
             sends += self._released(peer)
         return sends
-
-    def _interrupted(self, worker: Worker) -> Iterator[Send]:
-        """A worker's connection broke: what was on it, there or back, may be lost with nobody to say so."""
-        why = f"the connection to worker {worker.name!r} broke before it answered"
-        error = UnavailableError(why, side="broker", hint="Repeat the command.")
-        for pending in worker.inbox.renew():
-            silo, hold = pending.silo, pending.hold
-            if silo.take(pending):
-                silo.owed.add(pending.number)  # Its answer may come all the same.
-                yield Send(silo.route, error_parcel(pending.number, error))
-            elif hold.chain is not None and not hold.lost and pending.number in silo.pending:
-                hold.lost = worker.name
-                yield from self._break(silo, hold, error)
 
     def _control(self, peer: Silo | Worker, header: AnyHeader) -> list[Send]:
         if isinstance(header, Heartbeat):
@@ -199,6 +194,21 @@ class Router:
                 if hold.chain is not None:
                     yield from self._break(silo, hold, error)
             silo.owed = {number for number in silo.owed if self.registry.owed(silo.alias, number)}
+
+    def _interrupted(self, worker: Worker) -> Iterator[Send]:
+        """The worker is on a new connection: what was on its way on the old one may be lost.
+
+        What it holds is still there. Its silos ask anew, and a late answer is nobody's.
+        """
+        error = UnavailableError(f"the connection to worker {worker.name!r} broke", hint=START_AGAIN)
+        for pending in worker.inbox.renew():
+            silo, hold = pending.silo, pending.hold
+            if silo.take(pending):
+                silo.owed.add(pending.number)
+                yield Send(silo.route, error_parcel(pending.number, error))
+            elif hold.chain is not None and not hold.lost and silo.has(hold):
+                hold.lost = worker.name
+                yield from self._break(silo, hold, error)
 
     def _break(self, silo: Silo, hold: Hold, error: TrunklineError) -> Iterator[Send]:
         """A session has lost one of its stages: the others free what they have of it."""
@@ -264,11 +274,10 @@ class Router:
             sends = self._stage_answered(worker, silo, hold, parcel)
         else:
             sends = []  # Nobody waits for it any more.
-            if now := self.registry.silos.get(silo.alias):
-                if not self.registry.owed(silo.alias, number):
-                    now.owed.discard(number)
-                if now is silo and pending.opens is not None:
-                    self._opened(silo, hold, isinstance(parcel.header, Error))
+            if pending.opens is not None and self.registry.silos.get(silo.alias) is silo:
+                self._opened(silo, hold, isinstance(parcel.header, Error))
+            if (now := self.registry.silos.get(silo.alias)) and not self.registry.owed(silo.alias, number):
+                now.owed.discard(number)
         if worker.inbox.waiting:
             sends += self._released(worker)
         return sends

@@ -1,10 +1,11 @@
 """Which worker gets a session or a run, or which several get a session together."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from broker.pool import Worker
-from codec.errors import MismatchError, TrunklineError, UnavailableError
+from codec.errors import MismatchError, NobodyError, TrunklineError, UnavailableError
 from codec.messages import Encodings
 from codec.partition import Span
 from codec.plan import ModelCard
@@ -18,12 +19,17 @@ class Stage:
     blocks: Span
 
 
-def choose_worker(workers: Iterable[Worker], model: ModelCard, blocks: Span, encodings: Encodings) -> Worker:
-    """The least loaded worker that hosts all these blocks of this model and reads these encodings.
+def choose_home(
+    run: str, workers: Iterable[Worker], model: ModelCard, blocks: Span, encodings: Encodings
+) -> Worker:
+    """The home of a run, of the workers that host all its blocks and read these encodings.
 
-    Raises as `choose_route` does.
+    Brokers with the same workers choose the same one without a word between them, and the fewest
+    runs would move if a worker came or went: the highest of all hashes of run and worker (rendezvous
+    hashing). Raises as `choose_route` does.
     """
-    return _choose(list(workers), model, blocks, encodings, most=1)[0].worker
+    able = _able(list(workers), model, blocks, encodings, most=1)
+    return max((w for w in able if w.blocks.contains(blocks)), key=lambda worker: _rank(run, worker))
 
 
 def choose_route(
@@ -34,17 +40,23 @@ def choose_route(
     Raises `UnavailableError` while there is none but may be one soon, and `MismatchError` if there are
     only workers of another kind.
     """
-    return _choose(list(workers), model, blocks, encodings, most=len(blocks))
+    able = _able(list(workers), model, blocks, encodings, most=len(blocks))
+    return _shortest(able, blocks, most=len(blocks))
 
 
-def _choose(
+def _rank(run: str, worker: Worker) -> bytes:
+    return hashlib.blake2b(run.encode(), key=worker.alias, digest_size=16).digest()
+
+
+def _able(
     workers: list[Worker], model: ModelCard, blocks: Span, encodings: Encodings, most: int
-) -> tuple[Stage, ...]:
+) -> list[Worker]:
+    """Those that may take part in a route of at most `most` stages, of which there is at least one."""
     same = [worker for worker in workers if worker.model and not worker.model.differs_from(model)]
     reading = [worker for worker in same if worker.encodings.issuperset(encodings)]
     staying = [worker for worker in reading if not worker.draining]
-    if route := _shortest(staying, blocks, most):
-        return route
+    if _shortest(staying, blocks, most):
+        return staying
     if _shortest(reading, blocks, most):
         raise UnavailableError(
             f"every worker that hosts {blocks} is about to leave and takes nothing new",
@@ -81,7 +93,7 @@ def _shortest(workers: list[Worker], blocks: Span, most: int) -> tuple[Stage, ..
 
 def _nobody(workers: list[Worker], same: list[Worker], model: ModelCard, blocks: Span) -> TrunklineError:
     if not workers:
-        return UnavailableError("no worker is attached to the broker", hint=f"Start one: {_start(model)}")
+        return NobodyError("no worker is attached to the broker", hint=f"Start one: {_start(model)}")
     if same:
         spans = ", ".join(str(worker.blocks) for worker in same)
         return MismatchError(

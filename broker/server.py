@@ -11,15 +11,16 @@ from broker.door import Door
 from broker.endpoint import check_endpoint, is_ipv6
 from broker.keyring import KeyRing
 from broker.parcel import Parcel, error_parcel
+from broker.pulse import ping
 from broker.router import Router, Send
 from codec.errors import ProtocolError, RefusedError, UsageError
 from codec.limits import MAX_FRAME_BYTES
 from codec.logs import Log
+from codec.messages import Heartbeat
 
-_TICK_MS = 250
-_ASLEEP_S = 1.0
-"""A loop this late did not run: the process was stopped, or the machine slept."""
-
+_TICK_MS = 50
+_STOOD_S = 1.0
+_PROBE = Parcel.of(Heartbeat())
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _QUEUE = 1 << 14
@@ -63,6 +64,7 @@ class Server:
         self._socket.setsockopt(zmq.IPV6, is_ipv6(listen))
         # What `send` is without the options of sockets that are not a ROUTER: half the time.
         self._transmit = super(zmq.Socket, self._socket).send
+        ping(self._socket, router.limits.heartbeat / 2)
         self._door = Door(self._context, self._socket, keys)
         host, _, port = listen.rpartition(":")
         try:
@@ -102,11 +104,12 @@ class Server:
                 else:
                     now = time.monotonic()
                     self._route(route, frames, now)
-                if now >= due:
-                    if now - due > _ASLEEP_S:
-                        self.router.slept(now - due)
+                if now >= due + _STOOD_S:
+                    due = now + _STOOD_S  # This process was stopped: first it reads what came meanwhile.
+                elif now >= due:
                     due = now + _TICK_MS / 1000
-                    self._send(self.router.tick(now))
+                    self._send([Send(route, _PROBE) for route in self._door.doubtful()])
+                    self._send(self.router.tick(now, self._door.quiet_for))
                     self._revoke()
             self._send(self.router.farewell())
         finally:

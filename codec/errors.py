@@ -98,6 +98,12 @@ class UnavailableError(TrunklineError):
     side = "worker"
 
 
+class NobodyError(UnavailableError):
+    """No worker is attached to this broker at all. One may come, and another broker may have some."""
+
+    code = "nobody"
+
+
 class UnknownNameError(TrunklineError):
     """No session, run or adapter of that name belongs to the asker."""
 
@@ -125,6 +131,7 @@ _BY_CODE: dict[str, type[TrunklineError]] = {
         RefusedError,
         DeadlineError,
         UnavailableError,
+        NobodyError,
         UnknownNameError,
         LimitError,
     )

@@ -14,9 +14,6 @@ MAX_MESSAGE_BYTES = 1 << 29
 
 MAX_DIMS = 4
 MAX_NAME = 128
-MAX_PENDING = 1024
-"""Requests of one silo that may wait for answers."""
-
 MAX_LISTED = 64
 """Workers that one answer to `status` lists."""
 

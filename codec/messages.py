@@ -21,7 +21,6 @@ from codec.limits import (
     MAX_LISTED,
     MAX_MASK,
     MAX_MASK_WIDTH,
-    MAX_PENDING,
     MAX_ROWS,
     MAX_TENSORS,
     MAX_TOKENS,
@@ -107,14 +106,12 @@ class Welcome(Header, frozen=True, tag="welcome"):
     """The broker's answer to `attach`: beat at least every `heartbeat` seconds.
 
     `resumed` if the broker still knew this peer; otherwise nothing of what it had is left.
-    `encodings` are those that every worker attached now reads: a silo keeps to them. `pending` are the
-    numbers of its requests that will still be answered; of any other the answer, or it, was lost.
+    `encodings` are those that every worker attached now reads: a silo keeps to them.
     """
 
     heartbeat: Positive
     resumed: bool = False
     encodings: Encodings = ENCODINGS
-    pending: Annotated[tuple[Count, ...], Meta(max_length=MAX_PENDING)] = ()
 
 
 class Heartbeat(Header, frozen=True, tag="heartbeat"):

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 _OPTIONS = [
-    click.option("--broker", required=True, metavar="URL", help="The broker, tcp://127.0.0.1:7555."),
+    click.option(
+        "--broker",
+        required=True,
+        multiple=True,
+        metavar="URL",
+        help="The broker, tcp://127.0.0.1:7555. Several, one option for each, are used one at a time: "
+        "the next when one is lost or has no worker.",
+    ),
     click.option("--model", required=True, help="Hub id, directory, or a name `models fetch` knows."),
     click.option("--head", default=2, show_default=True, metavar="P", help="Blocks kept before the trunk."),
     click.option("--tail", default=2, show_default=True, metavar="Q", help="Blocks kept after the trunk."),
@@ -74,7 +81,7 @@ _OPTIONS = [
 class SiloOptions:
     """The shared options as given."""
 
-    broker: str
+    broker: tuple[str, ...]
     model: str
     head: int
     tail: int

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from broker.link import Link
 from broker.parcel import Parcel
-from codec.errors import DeadlineError, ProtocolError, TrunklineError, UnavailableError, from_code
+from codec.errors import (
+    DeadlineError,
+    NobodyError,
+    ProtocolError,
+    TrunklineError,
+    UnavailableError,
+    from_code,
+)
 from codec.messages import Answer, Attach, Error, OpenRun, OpenSession, Request, Wire
 from codec.tensors import decode_tensors
 from silo_agent.packed import Packed, pack, tokens_of
@@ -156,13 +163,16 @@ class Remote:
     ) -> Arrival:
         """Open a session or run, asking again for `wait` seconds `despite` these errors.
 
-        By default that is while no worker is attached.
+        By default that is while no worker is free. A broker that has none is left for another, if
+        there are several.
         """
         until = time.monotonic() + wait
         while True:
             try:
                 return self.call(request, tensors)
-            except despite:
+            except despite as error:
+                if isinstance(error, NobodyError):
+                    self._link.elsewhere()
                 if time.monotonic() + _RETRY_S > until:
                     raise
                 time.sleep(_RETRY_S)

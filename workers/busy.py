@@ -8,6 +8,14 @@ from dataclasses import dataclass, field
 import torch
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class UnderWay:
+    """The pass that runs now."""
+
+    kind: str
+    tokens: int
+
+
 @dataclass(slots=True)
 class Busy:
     """Seconds of computation, and how much was done in them, since the worker started."""
@@ -17,6 +25,9 @@ class Busy:
     _since: float | None = None
     passes: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    slowest: dict[str, float] = field(default_factory=dict)
+    """Of each kind, the most seconds that a token took."""
+    under_way: UnderWay | None = None
 
     @property
     def seconds(self) -> float:
@@ -32,11 +43,15 @@ class Busy:
         is answered by that pass and comes back at once, and sessions would fall into halves.
         """
         self._since = begun = time.monotonic()
+        self.under_way = UnderWay(kind, tokens)
         try:
             yield
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
         finally:
-            self._done, self._since = self._done + time.monotonic() - begun, None
+            seconds = time.monotonic() - begun
+            self._done, self._since = self._done + seconds, None
+            self.under_way = None
+            self.slowest[kind] = max(self.slowest.get(kind, 0.0), seconds / max(1, tokens))
             self.passes[kind] = self.passes.get(kind, 0) + 1
             self.tokens[kind] = self.tokens.get(kind, 0) + tokens

@@ -20,7 +20,14 @@ kv_memory_option = click.option(
 
 
 @click.command("worker")
-@click.option("--broker", required=True, metavar="URL", help="The broker, tcp://127.0.0.1:7555.")
+@click.option(
+    "--broker",
+    "brokers",
+    required=True,
+    multiple=True,
+    metavar="URL",
+    help="The broker, tcp://127.0.0.1:7555. Once for each: a worker attaches to all of them.",
+)
 @click.option("--model", required=True, help="Hub id, local directory, or a name `models fetch` knows.")
 @click.option("--blocks", metavar="START:STOP", help="Blocks to host.  [default: all]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
@@ -43,6 +50,15 @@ kv_memory_option = click.option(
     help="Seconds in which what is open may end after SIGTERM; nothing new is taken meanwhile.",
 )
 @click.option(
+    "--stall",
+    type=click.FloatRange(min=1.0),
+    default=120.0,
+    show_default=True,
+    metavar="S",
+    help="A pass that takes so long is stuck, and one that takes ten times as long as such passes did: the "
+    "worker ends, so that its sessions go on elsewhere.",
+)
+@click.option(
     "--name",
     default=socket.gethostname,
     help="How logs call this worker.  [default: the key's, or host name]",
@@ -50,10 +66,14 @@ kv_memory_option = click.option(
 @click.option("--key", type=click.Path(path_type=Path), metavar="FILE", help="This worker's secret key.")
 @click.option("--broker-key", metavar="FILE", help="The broker's public key: its file, or the key itself.")
 @click.option(
-    "--patience", type=float, default=60.0, show_default=True, help="Seconds to wait for a lost broker."
+    "--patience",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait while every broker is lost.",
 )
 def worker(
-    broker: str,
+    brokers: tuple[str, ...],
     model: str,
     blocks: str | None,
     device: str,
@@ -62,6 +82,7 @@ def worker(
     activation_memory: int,
     metrics: str | None,
     drain: float,
+    stall: float,
     name: str,
     key: Path | None,
     broker_key: str | None,
@@ -75,8 +96,10 @@ def worker(
       trunkline worker --broker tcp://127.0.0.1:7555 --model meta-llama/Llama-2-7b-hf --blocks 2:30
       trunkline worker --broker tcp://hub.example:7555 --model smollm2-135m \\
           --key keys/gpu1.secret --broker-key hub.public
+      trunkline worker --broker tcp://127.0.0.1:7555 --broker tcp://127.0.0.1:7556 \\
+          --model smollm2-135m
     """
-    from broker.link import ZmqLink
+    from broker.links import attach_everywhere
     from broker.metrics import serve_metrics
     from broker.shutdown import stop_on_signals
     from codec import logs, partition
@@ -85,6 +108,7 @@ def worker(
     from workers.serve import serve, worker_attach
     from workers.service import TrunkService
     from workers.span import Span
+    from workers.stall import end_if_stuck
 
     logs.configure()
     runtime.quiet_libraries()
@@ -100,7 +124,8 @@ def worker(
     service = TrunkService(span, card, kv_memory * MIB, activation_memory * MIB)
     if metrics:
         click.echo(f"metrics at {serve_metrics(metrics, WorkerMetrics(service), 'worker')}")
-    link = ZmqLink(broker, worker_attach(span, card, name), patience=patience, keys=keys)
+    link = attach_everywhere(brokers, worker_attach(span, card, name), patience=patience, keys=keys)
+    end_if_stuck(service.busy, link, stall)
     try:
         serve(link, service, stop, drain_s=drain)
     finally:

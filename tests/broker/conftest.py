@@ -327,7 +327,7 @@ def opened(ask: Callable[..., Parcel], opening: Callable[..., OpenSession]) -> C
             if isinstance(header, Opened):
                 return
             assert isinstance(header, Error)
-            assert header.code == "unavailable", header
+            assert header.code == "nobody", header
             assert time.monotonic() < deadline, header
             time.sleep(0.02)
 

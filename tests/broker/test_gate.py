@@ -120,3 +120,14 @@ def test_a_new_key_or_role_under_an_old_name_ends_what_the_old_one_had(
 def test_a_message_without_a_key_attaches_nobody(gate: Gate, introduce: Any) -> None:
     with pytest.raises(RefusedError):
         gate.admit(b"r", "", introduce("silo"))
+
+
+def test_brokers_that_allow_the_same_key_know_its_holder_by_the_same_identity(
+    gate: Gate, let_in: Any, tmp_path: Path, introduce: Any
+) -> None:
+    """So workers know a silo that fails over, and brokers agree on the home of a run."""
+    north, silo = let_in("silo", "north"), introduce("silo")
+    make_key(tmp_path / "other", "broker", "other")
+    allow(tmp_path / "other", north)
+    other = Gate(KeyRing(tmp_path / "other"))
+    assert gate.admit(b"1", north.key, silo).peer == other.admit(b"2", north.key, silo).peer

@@ -95,7 +95,7 @@ def test_a_link_may_come_before_its_broker(
     assert silo.receive(0.3) is None
     start_broker(endpoint)
     # What was sent before is delivered: no worker is there yet.
-    assert answer_to(silo, 1).header.code == "unavailable"
+    assert answer_to(silo, 1).header.code == "nobody"
     start_echo(endpoint)
     opened(silo, "s", numbers)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from broker.failover import Connect
 from broker.keys import LinkKeys, SecretKey
 from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
 from broker.parcel import Parcel
@@ -38,7 +39,7 @@ NOT_ATTACHED = Error(id=0, code="link", what="this connection is not attached", 
 
 
 def begun(attach: Attach = SILO, patience: float = 30.0) -> LinkState:
-    return LinkState(attach, ENDPOINT, patience, 0.0)
+    return LinkState(attach, [ENDPOINT], patience, 0.0)
 
 
 def attached(attach: Attach = SILO, *, heartbeat: float = 1.0, patience: float = 30.0) -> LinkState:
@@ -107,11 +108,23 @@ def test_it_beats_as_often_as_the_broker_asks(heartbeat: float) -> None:
     assert state.attached
 
 
-def test_silence_is_a_loss() -> None:
+def test_two_heartbeats_without_a_byte_are_a_loss() -> None:
     state = attached()
-    assert state.tick(LinkState.SILENCE) == [Transmit(Heartbeat(id=2))]
+    assert state.tick(2.0) == [Transmit(Heartbeat(id=2))]
     assert state.attached
-    assert state.tick(LinkState.SILENCE + 0.1) == [Transmit(SILO)]
+    assert state.tick(2.1) == [Transmit(SILO)]
+    assert not state.attached
+
+
+def test_bytes_alone_do_for_ten_seconds() -> None:
+    """The broker's machine answers pings; its program hangs."""
+    state = attached()
+    for i in range(1, 101):
+        state.felt(i / 10)
+        state.tick(i / 10)
+        assert state.attached
+    state.felt(10.1)
+    assert state.tick(10.1) == [Transmit(SILO)]
     assert not state.attached
 
 
@@ -125,8 +138,16 @@ def test_any_message_is_a_sign_of_life() -> None:
 
 def test_a_slow_heartbeat_is_not_silence() -> None:
     state = attached(heartbeat=LinkState.SILENCE * 2)
-    state.tick(LinkState.SILENCE * 2)
+    state.tick(LinkState.SILENCE * 4)
     assert state.attached
+
+
+def test_a_connection_that_ends_is_a_loss_at_once() -> None:
+    state = attached()
+    assert state.unshaken("broken", 0.1) == [Transmit(SILO)]
+    assert not state.attached
+    assert state.unshaken("broken", 0.2) == []
+    assert state.unshaken("unreachable", 0.2) == [], "with one broker it is waited for"
 
 
 def test_not_attached_means_attach_again_and_once() -> None:
@@ -188,21 +209,7 @@ def test_a_broker_that_remembers_still_answers() -> None:
     state = attached()
     state.sent(CloseSession(id=1, session="s"), 0, 0.0)
     hears(state, NOT_ATTACHED, 2.0)
-    assert hears(state, Welcome(heartbeat=1.0, resumed=True, pending=(1,)), 2.1) == []
-
-
-def test_what_was_lost_with_a_connection_is_not_waited_for() -> None:
-    """The broker waits for no answer to it: it never came there, or was answered into the void."""
-    state = attached()
-    for number in (1, 2, 3):
-        state.sent(CloseSession(id=number, session="s"), 0, 0.0)
-    hears(state, NOT_ATTACHED, 2.0)
-    (action,) = hears(state, Welcome(heartbeat=1.0, resumed=True, pending=(1, 3)), 2.1)
-    error = delivered(action)
-    assert (error.id, error.code, error.side) == (2, UnavailableError.code, "broker")
-    hears(state, NOT_ATTACHED, 3.0)
-    (action,) = hears(state, Welcome(heartbeat=1.0, resumed=True, pending=(3,)), 3.1)
-    assert delivered(action).id == 1, "once each"
+    assert hears(state, Welcome(heartbeat=1.0, resumed=True), 2.1) == []
 
 
 def test_the_first_welcome_loses_nothing() -> None:
@@ -277,7 +284,7 @@ KEYS = LinkKeys(OWN, "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7")
 
 
 def keyed() -> LinkState:
-    return LinkState(SILO, ENDPOINT, 30.0, 0.0, KEYS)
+    return LinkState(SILO, [ENDPOINT], 30.0, 0.0, KEYS)
 
 
 def why(actions: list[Action]) -> str:
@@ -323,3 +330,70 @@ def test_a_broker_that_was_reached_has_the_right_key() -> None:
 def test_without_keys_it_waits_for_a_broker_that_is_not_there_yet() -> None:
     """As behind a tunnel, which takes the connection and drops it."""
     assert not any(begun().unshaken("cut", i * 0.25) for i in range(40))
+
+
+OTHER = "tcp://127.0.0.1:7556"
+
+
+def of_two(attach: Attach = SILO) -> LinkState:
+    """Attached at the first of two brokers since second 0."""
+    state = LinkState(attach, [ENDPOINT, OTHER], 30.0, 0.0)
+    state.tick(0.0)
+    hears(state, Welcome(heartbeat=1.0), 0.0)
+    state.tick(0.0)
+    return state
+
+
+def test_what_a_broken_connection_may_have_lost_is_answered_at_once() -> None:
+    state = attached()
+    state.sent(CloseSession(id=7, session="s"), 0, 0.0)
+    knock, lost = state.unshaken("broken", 1.0)
+    assert knock == Transmit(SILO)
+    assert (delivered(lost).id, delivered(lost).code) == (7, "unavailable")
+    assert hears(state, Welcome(heartbeat=1.0, resumed=True), 1.2) == [], "once, and the rest is still there"
+
+
+def test_of_two_brokers_the_other_is_used_when_nobody_listens_at_the_first() -> None:
+    state = of_two()
+    state.sent(CloseSession(id=7, session="s"), 0, 0.5)
+    assert state.unshaken("broken", 1.0)[0] == Transmit(SILO), "it may be back at once"
+    assert state.tick(1.1) == []
+    assert state.unshaken("unreachable", 1.2) == []
+    assert state.tick(1.2) == [Connect(OTHER)]
+    assert state.tick(1.3) == [Transmit(SILO)], "with the same identity"
+    assert hears(state, Welcome(heartbeat=1.0), 1.4) == []
+    assert state.attached
+
+
+def test_of_two_brokers_the_other_is_used_when_the_first_is_silent() -> None:
+    state = of_two()
+    state.sent(CloseSession(id=7, session="s"), 0, 0.5)
+    assert state.tick(2.1) == [Transmit(SILO)]
+    moved, lost = state.tick(2.2)
+    assert moved == Connect(OTHER)
+    assert (delivered(lost).id, delivered(lost).code) == (7, "unavailable")
+    assert "another one is tried" in delivered(lost).what
+    assert hears(state, Welcome(heartbeat=1.0), 2.4) == []
+
+
+def test_a_broker_without_workers_is_left_only_if_there_is_another() -> None:
+    state = attached()
+    assert state.elsewhere(10.0) == []
+    assert state.attached
+    state = of_two()
+    assert state.elsewhere(1.0) == [], "workers may be on their way to one that was only just come to"
+    assert state.elsewhere(2.5) == [Connect(OTHER)]
+    assert not state.attached
+    assert state.elsewhere(2.6) == [], "it is on its way already"
+
+
+def test_a_key_that_one_of_two_brokers_refuses_may_be_good_for_the_other() -> None:
+    state = LinkState(SILO, [ENDPOINT, OTHER], 30.0, 0.0, KEYS)
+    state.tick(0.0)
+    assert state.unshaken("refused", 0.1) == []
+    assert state.tick(0.1) == [Connect(OTHER)]
+    assert state.unshaken("refused", 0.2) == []
+    (end,) = state.tick(0.2)
+    assert isinstance(end, Fail)
+    assert isinstance(end.error, RefusedError)
+    assert OTHER in end.error.what

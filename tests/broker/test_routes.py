@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.pool import Worker
-from broker.routes import Stage, choose_route, choose_worker
+from broker.routes import Stage, choose_home, choose_route
 from codec.errors import MismatchError, UnavailableError
-from codec.messages import ENCODINGS
+from codec.messages import ENCODINGS, Encodings
 from codec.partition import Span
 from codec.plan import ModelCard
 
@@ -20,16 +20,51 @@ def worker(name: str, start: int = 0, stop: int = 6, load: int = 0, model: Model
     return Worker(name.encode(), name=name, model=model, blocks=Span(start, stop), load=load)
 
 
+def choose_worker(pool: list[Worker], model: ModelCard, blocks: Span, encodings: Encodings) -> Worker:
+    """The home of some run."""
+    return choose_home("diagnoses", pool, model, blocks, encodings)
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6))
-def test_the_least_loaded_worker_is_chosen(loads: list[int]) -> None:
+def test_a_session_goes_to_the_least_loaded_worker(loads: list[int]) -> None:
     pool = [worker(str(i), load=load) for i, load in enumerate(loads)]
-    assert choose_worker(pool, CARD, Span(1, 5), ()).load == min(loads)
+    (stage,) = choose_route(pool, CARD, Span(1, 5), ())
+    assert stage.worker.load == min(loads)
+
+
+@given(
+    st.text(min_size=1, max_size=20),
+    st.lists(st.integers(0, 5), min_size=1, max_size=6).flatmap(
+        lambda loads: st.tuples(st.just(loads), st.permutations(range(len(loads))))
+    ),
+)
+def test_brokers_with_the_same_workers_choose_the_same_home(
+    run: str, given_pool: tuple[list[int], list[int]]
+) -> None:
+    """In whatever order they came, and whatever load each broker has given them."""
+    loads, order = given_pool
+    here = [worker(str(i)) for i in range(len(loads))]
+    there = [worker(str(i), load=loads[i]) for i in order]
+    homes = [choose_home(run, pool, CARD, Span(1, 5), ()) for pool in (here, there)]
+    assert homes[0].alias == homes[1].alias
+    # Without another worker it would be the same: only the runs of one that leaves move.
+    for gone in here:
+        staying = [each for each in here if each is not gone]
+        if gone is not homes[0]:
+            assert choose_home(run, staying, CARD, Span(1, 5), ()) is homes[0]
+
+
+def test_runs_are_spread() -> None:
+    pool = [worker(str(i)) for i in range(4)]
+    homes = [choose_home(f"run {i}", pool, CARD, Span(1, 5), ()).name for i in range(400)]
+    assert all(60 < homes.count(str(i)) < 140 for i in range(4)), "six deviations either way"
 
 
 def test_only_workers_that_host_every_block_are_chosen() -> None:
     pool = [worker("short", 2, 4), worker("late", 3, 6), worker("fits", 1, 5, load=99)]
     assert choose_worker(pool, CARD, Span(2, 5), ()).name == "fits"
-    assert choose_worker(pool, CARD, Span(2, 4), ()).name == "short"
+    (stage,) = choose_route(pool, CARD, Span(2, 4), ())
+    assert stage.worker.name == "short"
 
 
 def test_only_workers_with_the_same_model_are_chosen() -> None:

@@ -278,9 +278,27 @@ def test_links_survive_a_broker_that_was_killed(
         end(second, signal.SIGKILL)
 
 
-def spawn(listen: str, repository: Path) -> tuple[subprocess.Popen[str], str]:
+def test_a_broker_that_was_stopped_itself_forgets_nobody(
+    connect: Any, introduce: Any, opened: Any, start_echo: Any, ask: Any, extending: Any, repository: Path
+) -> None:
+    """What the others said meanwhile waits to be read."""
+    process, endpoint = spawn("tcp://127.0.0.1:0", repository, "--silence", "2")
+    try:
+        echo = start_echo(endpoint)
+        silo, numbers = connect(endpoint, introduce("silo")), count(1)
+        opened(silo, "s", numbers)
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(3.0)
+        os.kill(process.pid, signal.SIGCONT)
+        assert isinstance(ask(silo, extending("s", next(numbers))).header, Result)
+        assert echo.gone == []
+    finally:
+        end(process, signal.SIGKILL)
+
+
+def spawn(listen: str, repository: Path, *more: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "trunkline", "broker", "--listen", listen],
+        [sys.executable, "-m", "trunkline", "broker", "--listen", listen, *more],
         cwd=repository,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -78,7 +78,7 @@ HEADERS: dict[str, AnyHeader] = {
         stop=28,
         credit=8192,
     ),
-    "welcome": Welcome(id=1, heartbeat=2.5, resumed=True, encodings=("raw", "steps"), pending=(3, 300)),
+    "welcome": Welcome(id=1, heartbeat=2.5, resumed=True, encodings=("raw", "steps")),
     "heartbeat": Heartbeat(id=3),
     "leave": Leave(),
     "drain": Drain(id=2),
