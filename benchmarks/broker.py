@@ -28,7 +28,8 @@ from silo_agent.processes import Processes
 
 Socket = zmq.Socket[bytes]
 
-_TIMEOUT_MS = 20_000
+_TIMEOUT_MS = 60_000
+_ATTEMPTS = 1200
 _SPAWN = multiprocessing.get_context("spawn")
 _HIDDEN = 4
 
@@ -188,11 +189,13 @@ def _load(socket: Socket, middle: str, size: int, requests: int, window: int) ->
         opening = OpenSession(
             id=1, session="s", model=echo_card(_HIDDEN), start=0, stop=3, rows=1, capacity=8
         )
-        for _ in range(200):  # Until the echo is attached too.
+        for _ in range(_ATTEMPTS):  # Until the echo is attached too.
             socket.send_multipart([b"", encode_header(opening)])
             if b"opened" in socket.recv_multipart()[1]:
                 break
             time.sleep(0.05)
+        else:  # Only errors would be counted.
+            raise TimeoutError("the echo did not attach")
 
     def send() -> None:
         socket.send_multipart([b"", next(headers), payload], copy=False)

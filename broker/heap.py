@@ -10,11 +10,11 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers for `mallopt`, from its malloc.h."""
 
-_KEPT_BYTES = 16 << 20
-"""Of each heap, of which a broker has two or three."""
-_MAPPED_FROM = 4 << 20
-"""Larger messages have pages of their own, which go back with them. Where one threshold is set glibc
-leaves the other at 128 KiB, so it is set too."""
+_KEPT_BYTES = 32 << 20
+"""At the end of each heap, of which a broker has two or three."""
+_MAPPED_FROM = 16 << 20
+"""Larger messages have pages of their own, which go back with them. Left to itself glibc raises both
+thresholds with the largest block it saw freed, to twice these; where one is set neither moves any more."""
 
 
 def keep_freed_memory() -> None:
