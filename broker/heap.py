@@ -1,7 +1,7 @@
 """The broker's heap: what a message leaves is kept for the next one.
 
 glibc gives the end of a heap back to the system as soon as 128 KiB of it are free, which two messages of
-64 kB are: the next ones' pages come from the system again, zeroed, three or four page faults a message.
+64 kB are: the next ones' pages come from the system again, zeroed, about three page faults a message.
 """
 
 import ctypes
