@@ -17,7 +17,6 @@ from benchmarks.progress import Progress
 from benchmarks.relay import Relay
 from broker.question import ask_pool
 from codec.errors import LinkError, TrunklineError
-from codec.messages import WorkerStatus
 from silo_agent.processes import Process, Processes
 
 _PORTS = range(20000, 30000)
@@ -47,6 +46,8 @@ class _Role:
     arguments: tuple[str, ...]
     process: Process
     starts: int = 1
+    since: float = 0.0
+    """When something was last done to it, or it was started again."""
     deed: tuple[Disturbance, float] | None = None
     """What is being done to it, and since when."""
 
@@ -139,7 +140,7 @@ class Stage:
             self._cuts.append((disturbance, now))
         else:
             role = self._roles[disturbance.target]
-            role.deed = disturbance, now
+            role.deed, role.since = (disturbance, now), now
             match disturbance.kind:
                 case "kill":
                     role.process.stop(signal.SIGKILL)
@@ -173,13 +174,23 @@ class Stage:
 
     # --- processes ---------------------------------------------------------------------------------------
 
-    def _attached(self) -> dict[str, WorkerStatus]:
-        """The workers that the broker knows and that could serve; none while it is down."""
+    def _attached(self) -> set[str]:
+        """The workers that could serve; none while the broker is down.
+
+        One that was killed is listed until the broker notices: it counts when it was heard of since then.
+        """
         try:
             pool = ask_pool(self._broker, _ASK_S)
         except LinkError:
-            return {}
-        return {each.name: each for each in pool.workers if not each.draining and each.silent < _LIVELY_S}
+            return set()
+        now = time.monotonic()
+        lately = sorted(pool.workers, key=lambda each: -each.silent)  # Of one name the newest comes last.
+        heard = {each.name: now - each.silent for each in lately if not each.draining}
+        return {
+            name
+            for name, at in heard.items()
+            if now - at < _LIVELY_S and self._roles[name].since < at and not self._roles[name].deed
+        }
 
     def _cast_role(self, name: str, arguments: tuple[str, ...]) -> _Role:
         return _Role(arguments, self._processes.start(name, *arguments))
@@ -187,6 +198,7 @@ class Stage:
     def _start(self, name: str, role: _Role) -> None:
         role.process = self._processes.start(f"{name}.{role.starts}", *role.arguments)
         role.starts += 1
+        role.since = time.monotonic()
 
     def _worker(self, name: str) -> tuple[str, ...]:
         link, state = self._links[name].endpoint, self._cast.state
