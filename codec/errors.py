@@ -98,6 +98,12 @@ class UnavailableError(TrunklineError):
     side = "worker"
 
 
+class EndedError(TrunklineError):
+    """The run is over before its last step: one of its silos left it."""
+
+    code = "ended"
+
+
 class UnknownNameError(TrunklineError):
     """No session, run or adapter of that name belongs to the asker."""
 
@@ -125,6 +131,7 @@ _BY_CODE: dict[str, type[TrunklineError]] = {
         RefusedError,
         DeadlineError,
         UnavailableError,
+        EndedError,
         UnknownNameError,
         LimitError,
     )

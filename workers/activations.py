@@ -12,7 +12,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from codec.errors import LimitError, MismatchError, UnknownNameError
+from codec.errors import LimitError, MismatchError, ProtocolError, UnknownNameError
 from workers.parts import Part
 from workers.run import TrunkRun
 from workers.span import Span
@@ -25,6 +25,8 @@ _ESTIMATE = 17
 two bytes a number, attention scores left out (Korthikanti et al., arXiv 2205.05198, section 4)."""
 _MAX_KEPT = 256
 """Micro-batches of one silo between forward and backward."""
+_MAX_STEP = 1 << 16
+"""Micro-batches of one silo in one step: their numbers are remembered."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +68,7 @@ class Activations:
     def __init__(self, span: Span, budget: int) -> None:
         self._span, self._budget = span, budget
         self._kept: dict[Key, _Kept] = {}
+        self._over: dict[tuple[bytes, str], set[int]] = {}
         self._spent: list[MicroBatch] = []
         self._groups = count()
         self._per_block: dict[str, float] = {}
@@ -91,7 +94,13 @@ class Activations:
         return [output.detach() for output in outputs]
 
     def check_room(self, key: Key, entry: Tensor) -> None:
-        """Raises `LimitError` if not even a micro-batch's input could be kept."""
+        """Raises `LimitError` if not even a micro-batch's input could be kept, and `ProtocolError` for one
+        whose gradient counts already: a message that came twice must not add it twice."""
+        over = self._over.get(key[:2], set())
+        if key[2] in over:
+            raise ProtocolError(f"micro-batch {key[2]} had its backward in this step already")
+        if len(over) >= _MAX_STEP:
+            raise LimitError(f"{_MAX_STEP} micro-batches in one step", side="silo")
         before = self._kept.get(key)  # Sent again, it makes room for itself.
         if self.held - (before.bytes if before else 0) + entry.nbytes > self._budget:
             raise LimitError(
@@ -125,6 +134,7 @@ class Activations:
         whole = not others and len(kept) == self.members[group]
         for gradient in gradients:
             self.drop(gradient.key, alone=not whole)
+            self._over.setdefault(gradient.key[:2], set()).add(gradient.key[2])
         batches = [one.batch for one in kept]
         outputs = [one.output for one in kept if one.output is not None]
         if not whole or len(outputs) != len(kept):
@@ -161,7 +171,9 @@ class Activations:
         self._per_block.pop(run.key, None)
 
     def drop_all(self, run: str, silo: bytes | None = None) -> None:
-        """Forget a run's micro-batches, or one silo's of it."""
+        """Forget a run's micro-batches, or one silo's of it: its step is over, or begins anew."""
+        for member in [key for key in self._over if key[1] == run and silo in (None, key[0])]:
+            del self._over[member]
         for key in [key for key in self._kept if key[1] == run and silo in (None, key[0])]:
             self.drop(key)
 

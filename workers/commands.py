@@ -34,6 +34,12 @@ kv_memory_option = click.option(
     metavar="MIB",
     help="Bound on what micro-batches keep between forward and backward; beyond, it is computed again.",
 )
+@click.option(
+    "--state",
+    metavar="URL",
+    help="Where runs are saved after every step, so that they survive: a directory or an fsspec URL, the "
+    "same for all workers.  [default: a run ends with its worker]",
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there; port 0 too.")
 @click.option(
     "--drain",
@@ -60,6 +66,7 @@ def worker(
     dtype: str,
     kv_memory: int,
     activation_memory: int,
+    state: str | None,
     metrics: str | None,
     drain: float,
     name: str,
@@ -73,6 +80,7 @@ def worker(
     Examples:
       trunkline worker --broker tcp://127.0.0.1:7555 --model smollm2-135m
       trunkline worker --broker tcp://127.0.0.1:7555 --model meta-llama/Llama-2-7b-hf --blocks 2:30
+      trunkline worker --broker tcp://127.0.0.1:7555 --model smollm2-135m --state /srv/runs
       trunkline worker --broker tcp://hub.example:7555 --model smollm2-135m \\
           --key keys/gpu1.secret --broker-key hub.public
     """
@@ -85,10 +93,12 @@ def worker(
     from workers.serve import serve, worker_attach
     from workers.service import TrunkService
     from workers.span import Span
+    from workers.state import StateStore
 
     logs.configure()
     runtime.quiet_libraries()
     keys = link_keys(key, broker_key, "worker")
+    store = StateStore.at(state) if state else None
     stop = stop_on_signals()
     checkpoint = Checkpoint(model)
     hosted = partition.Span.parse(blocks) if blocks else partition.Span(0, checkpoint.blocks)
@@ -97,7 +107,7 @@ def worker(
     card = checkpoint.card(range(hosted.start, hosted.stop))
     log = logs.Log("worker")
     log.say("hosting", model=model, blocks=str(hosted), mib=span.weight_bytes // MIB, device=str(where))
-    service = TrunkService(span, card, kv_memory * MIB, activation_memory * MIB)
+    service = TrunkService(span, card, kv_memory * MIB, activation_memory * MIB, store)
     if metrics:
         click.echo(f"metrics at {serve_metrics(metrics, WorkerMetrics(service), 'worker')}")
     link = ZmqLink(broker, worker_attach(span, card, name), patience=patience, keys=keys)
