@@ -1,6 +1,7 @@
 """`trunkline silo train`."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from silo_agent.report import settings_of, write_report
 from silo_agent.tasks.options import DataOptions, data_options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from silo_agent.trainer import StepReport
 
 _FILE = click.Path(path_type=Path)
@@ -31,7 +34,11 @@ def _window(_: click.Context, __: click.Parameter, value: str) -> int | None:
 @silo_options
 @data_options
 @click.option("--out", type=_FILE, required=True, help="Directory for the adapter, in PEFT's format.")
-@click.option("--resume", type=_FILE, help="Begin with this adapter's weights instead of fresh ones.")
+@click.option(
+    "--resume",
+    type=_FILE,
+    help="Go on with the unfinished run in this directory; or begin with the adapter in it.",
+)
 @click.option("--run", "run_name", default="default", show_default=True, help="Silos of one run share it.")
 @click.option("--silos", default=1, show_default=True, help="How many silos take part.")
 @click.option("--steps", default=10, show_default=True)
@@ -90,13 +97,16 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
           --task multirc --data MultiRC/train.jsonl --steps 100 --out adapter
       trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
           --run clinics --silos 2 --noise 0.05 --data north.jsonl --out north
+      trunkline silo train ... --out north --resume north      # after it was killed
     """
     from silo_agent.adapters import check_place, write_adapter
+    from silo_agent.snapshot import read_snapshot
     from silo_agent.training import TrainSettings, train
     from workers.families import lora_targets
 
     check_place(given["out"])
-    resume = load_saved(given["resume"])
+    unfinished = read_snapshot(given["resume"]) if given["resume"] else None
+    resume = unfinished or load_saved(given["resume"])
     with open_silo(options) as silo:
         examples = data.examples(silo.tokenizer, "train", everything=given["loss_on"] == "everything")
         targets = lora_targets(silo.ends.config, given["lora_targets"])
@@ -113,7 +123,12 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
             seed=given["seed"],
         )
         settings = TrainSettings(
-            given["run_name"], given["batch"], given["accumulate"], given["window"], given["patience"]
+            given["run_name"],
+            given["batch"],
+            given["accumulate"],
+            given["window"],
+            given["patience"],
+            given["out"],
         )
         reports: list[StepReport] = []
         with step_display(given["progress"], plan.steps, options.name) as show:
@@ -122,8 +137,10 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
                 reports.append(report)
                 show(report)
 
-            tensors = train(silo, plan, settings, examples, resume, on_step)
-        write_adapter(given["out"], plan.lora, tensors, options.model)
+            def save(tensors: "Mapping[str, Tensor]") -> None:
+                write_adapter(given["out"], plan.lora, tensors, options.model)
+
+            train(silo, plan, settings, examples, resume, on_step, save)
         results = {
             "steps": [dataclasses.asdict(report) for report in reports],
             "loss_first": reports[0].loss if reports else None,

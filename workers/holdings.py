@@ -72,9 +72,7 @@ class Holdings:
         if before is not None:
             before.running = True
         try:
-            session = TrunkSession(
-                self._span, self._key(), request, adapter, self.memory, time.monotonic()
-            )
+            session = TrunkSession(self._span, self._key(), request, adapter, self.memory, time.monotonic())
         finally:
             self.memory.held += mine
             if before is not None:

@@ -43,7 +43,9 @@ def place_at(url: str) -> Place:
     try:
         filesystem, path = url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{url} cannot be opened: {error}", hint="Give a directory or an fsspec URL.") from None
+        raise UsageError(
+            f"{url} cannot be opened: {error}", hint="Give a directory or an fsspec URL."
+        ) from None
     return Directory(Path(path)) if isinstance(filesystem, LocalFileSystem) else Bucket(filesystem, path)
 
 

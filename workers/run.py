@@ -143,7 +143,9 @@ class TrunkRun:
         self._ends[silo] = dict(ends)
         replies = []
         if before is not None and before.id != request.id:
-            replies = [told(silo, before, UnavailableError(f"asked again as request {request.id}", side="silo"))]
+            replies = [
+                told(silo, before, UnavailableError(f"asked again as request {request.id}", side="silo"))
+            ]
         if complete:
             replies += self._step()
         return replies, complete

@@ -48,7 +48,9 @@ class Runs:
         if request.run in self.holdings.runs or not request.ticket:
             return self._join(*asked)
         if self.store is None:
-            raise UnavailableError("this worker was started without --state", hint="Give all workers the same.")
+            raise UnavailableError(
+                "this worker was started without --state", hint="Give all workers the same."
+            )
         self._waiting[request.run] = [asked]
         self.saver.submit(
             partial(self.store.load, request.ticket), partial(self._read, request.run, request.ticket)
@@ -166,7 +168,7 @@ class Runs:
         return []
 
     def _saved(
-        self, name: str, run: TrunkRun, replies: list[Reply], came: None | TrunklineError
+        self, name: str, run: TrunkRun, replies: list[Reply], came: TrunklineError | None
     ) -> list[Reply]:
         """Release what waited for a save. After one that failed, the run goes no further here."""
         assert run.durable is not None
@@ -175,7 +177,9 @@ class Runs:
         if failure is None:
             return replies
         replies = [
-            reply if isinstance(reply.header, Error) else Reply(reply.silo, error_header(reply.header.id, failure))
+            reply
+            if isinstance(reply.header, Error)
+            else Reply(reply.silo, error_header(reply.header.id, failure))
             for reply in replies
         ]
         if self.holdings.runs.get(name) is run:

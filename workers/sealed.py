@@ -36,7 +36,9 @@ def unseal(data: bytes, kind: type[T]) -> tuple[T, dict[str, Tensor]]:
         raise SaveError("the file is damaged: its digest is another one")
     start = _LENGTH + int.from_bytes(body[:_LENGTH], "little")
     try:
-        return msgspec.json.decode(body[_LENGTH:start], type=kind), safetensors.torch.load(bytes(body[start:]))
+        return msgspec.json.decode(body[_LENGTH:start], type=kind), safetensors.torch.load(
+            bytes(body[start:])
+        )
     except (msgspec.DecodeError, SafetensorError) as error:
         raise SaveError(
             f"the file was written by another version of Trunkline: {error}",

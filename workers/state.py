@@ -73,9 +73,7 @@ class Tenure:
         self._place.write(f"{_STATE}{self._epoch:08}-{self._number:012}", seal(state, tensors))
         names = self._place.names()
         if _last_epoch(names) != self._epoch:
-            raise UnavailableError(
-                f"another worker has taken over run {state.run!r}", hint="Join it again."
-            )
+            raise UnavailableError(f"another worker has taken over run {state.run!r}", hint="Join it again.")
         for name in _generations(names)[_KEPT:]:
             self._place.remove(name)
 
@@ -118,7 +116,7 @@ class StateStore:
         if not _generations(place.names()):
             raise UnavailableError(
                 "this worker has no state of the run",
-                hint="Start the workers of a run with the same --state; the state of a run that is over is gone.",
+                hint="Start all its workers with the same --state. Of a run that is over nothing is kept.",
             )
         tenure.claim()
         trouble: TrunklineError | OSError | None = None
