@@ -149,8 +149,7 @@ class Runs:
     def _free_if_empty(self, name: str) -> None:
         run = self.holdings.runs.get(name)
         if run is not None and not run.ledger.members:
-            self.activations.forget(run)
-            self.activations.drop_all(name)
+            self.activations.forget(run, name)
             self.holdings.close_run(name)
 
     def _durably(self, name: str, replies: list[Reply]) -> list[Reply]:
