@@ -3,8 +3,6 @@
 import json
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ NAMES = ("north", "south")
 STEPS = 5
 TRAIN = (
     *("silo", "train", "--model", "tiny", "--head", "1", "--tail", "2", "--wire", "exact", "--noise", "0.05"),
-    *("--lr", "0.01", "--clip", "0.5", "--batch", "2", "--accumulate", "2"),
+    *("--lr", "0.0005", "--clip", "0.5", "--batch", "2", "--accumulate", "2"),
     *("--run", "clinics", "--silos", "2", "--steps", str(STEPS), "--progress", "jsonl", "--wait", "40"),
 )
 
@@ -33,6 +31,11 @@ class Clinics:
     def worker(self, name: str) -> Process:
         state = ("--state", str(self._place / "state"))
         return self._processes.start(name, "worker", "--broker", self.broker, "--model", "tiny", *state)
+
+    def restart_broker(self) -> None:
+        """Killed, and started again where it was."""
+        self._processes["broker"].stop(signal.SIGKILL)
+        self._processes.start("broker", "broker", "--listen", self.broker, "--silence", "2")
 
     def silo(self, name: str, *more: str) -> Process:
         def told(line: str) -> None:
@@ -90,57 +93,41 @@ def assert_equal(place: Path, undisturbed: Path) -> None:
         found, expected = map(load_file, files)
         assert found.keys() == expected.keys()
         assert max(float((found[key] - expected[key]).abs().max()) for key in expected) < 1e-6
-        assert any(float(tensor.abs().max()) > 1e-3 for key, tensor in expected.items() if "lora_B" in key)
+        assert any(float(tensor.abs().max()) > 5e-4 for key, tensor in expected.items() if "lora_B" in key)
         assert not (place / name / "unfinished.run").exists()
     assert not any(path.is_file() for path in (place / "state").rglob("*")), (
         "a run that is over leaves nothing"
     )
 
 
-@pytest.mark.parametrize("when", ["another worker is there", "it is started again"])
-def test_the_home_worker_is_killed(clinics: Clinics, tmp_path: Path, undisturbed: Path, when: str) -> None:
-    """In the middle of a step, or about its commit: as it comes, three times."""
-    worker = clinics.worker("first")
+def test_home_workers_are_killed(clinics: Clinics, tmp_path: Path, undisturbed: Path) -> None:
+    """As it comes: in the middle of a step, or about its commit. Others have the same place for states."""
+    workers = [clinics.worker(f"worker {number}") for number in range(2)]
     silos = [clinics.silo(name) for name in NAMES]
-    for step, pause in ((1, 0.0), (2, 0.05), (4, 0.1)):
+    for step in (1, 3):
         clinics.reached("north", step)
-        time.sleep(pause)
-        if when == "another worker is there":
-            other = clinics.worker(f"after {step}")
-            time.sleep(1.0)
+        worker = home(tmp_path, workers)
         worker.stop(signal.SIGKILL)
-        if when == "it is started again":
-            other = clinics.worker(f"after {step}")
-        worker = other
+        workers = [other for other in workers if other is not worker]
+        if not workers:
+            workers = [clinics.worker("started again")]
     clinics.end(*silos)
     assert_equal(tmp_path, undisturbed)
 
 
-def test_a_silo_is_killed_and_resumed(clinics: Clinics, tmp_path: Path, undisturbed: Path) -> None:
+def home(place: Path, workers: list[Process]) -> Process:
+    """The worker that said last that the run is with it."""
+    return max(workers, key=lambda worker: worker._log.read_text().count("silo joined run"))
+
+
+def test_a_silo_and_the_broker_are_killed(clinics: Clinics, tmp_path: Path, undisturbed: Path) -> None:
+    """The silo goes on with --resume, though the broker has not yet missed it; then the broker is new."""
     clinics.worker("worker")
     north, south = (clinics.silo(name) for name in NAMES)
-    for step in (1, 3):
-        clinics.reached("south", step)
-        south.stop(signal.SIGKILL)
-        south = clinics.silo("south", "--resume", str(tmp_path / "south"))
-    clinics.end(north, south)
-    assert_equal(tmp_path, undisturbed)
-
-
-def test_all_of_them_are_killed(clinics: Clinics, tmp_path: Path, undisturbed: Path) -> None:
-    """The broker first, which is started again where it was; then everybody at once."""
-    worker = clinics.worker("worker")
-    silos = [clinics.silo(name) for name in NAMES]
-    clinics.reached("north", 1)
-    restart: Callable[[], Process] = lambda: clinics._processes.start(  # noqa: E731
-        "broker", "broker", "--listen", clinics.broker, "--silence", "2"
-    )
-    clinics._processes["broker"].stop(signal.SIGKILL)
-    restart()
+    clinics.reached("south", 1)
+    south.stop(signal.SIGKILL)
+    south = clinics.silo("south", "--resume", str(tmp_path / "south"))
     clinics.reached("south", 3)
-    for process in (*silos, worker, clinics._processes["broker"]):
-        process.stop(signal.SIGKILL)
-    restart()
-    clinics.worker("again")
-    clinics.end(*(clinics.silo(name, "--resume", str(tmp_path / name)) for name in NAMES))
+    clinics.restart_broker()
+    clinics.end(north, south)
     assert_equal(tmp_path, undisturbed)

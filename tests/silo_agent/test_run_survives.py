@@ -1,6 +1,7 @@
 """Runs whose worker is lost, forgets, repeats or mixes up: the adapters are the undisturbed ones."""
 
 import random
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from silo_agent.snapshot import Snapshot, read_snapshot, write_snapshot
 from silo_agent.trainer import Trainer
 from workers.state import StateStore
 
-# With AdamW's usual eps the rounding of gradients near zero, which depends on what shared a pass, is blown up.
+# With the usual eps AdamW blows up the rounding of gradients near zero; it depends on what shared a pass.
 PLAN = RunPlan(silos=2, steps=3, learning_rate=1e-3, clip_norm=0.1, eps=1e-5)
 SHARED = RunPlan(silos=2, steps=3, learning_rate=1e-3, clip_norm=0.1, eps=1e-5, ends="shared")
 NAMES = ("north", "south")
@@ -100,7 +102,7 @@ def steps(random_batches: Any) -> dict[str, Batches]:
 @pytest.fixture
 def members(steps: Any, tmp_path: Path) -> Callable[..., list[Member]]:
     def make(pool: Any, plan: RunPlan = PLAN, **more: Any) -> list[Member]:
-        return [Member(pool, name, steps[name], tmp_path, plan, **more) for name in NAMES]
+        return [Member(pool, name, steps[name], tmp_path, plan, **more) for name in NAMES[: plan.silos]]
 
     return make
 
@@ -125,7 +127,7 @@ def undisturbed(new_pool: Any, members: Any, learned: Any) -> Callable[..., list
     """What two silos learn with a worker that saves nothing; test_training_exact compares it with PEFT."""
 
     def train(plan: RunPlan = PLAN, **more: Any) -> list[dict[str, Tensor]]:
-        key = (plan.ends, *more.values())
+        key = (plan.silos, plan.ends, *more.values())
         if key not in learned:
             with new_pool() as pool:
                 pool.start_worker()
@@ -143,7 +145,11 @@ def assert_equal(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor
 
 
 def nothing_left(tmp_path: Path) -> bool:
-    return not any(path.is_file() for path in (tmp_path / "state").rglob("*"))
+    """The worker removes the state of a run that is over in its own time."""
+    until = time.monotonic() + 10
+    while any(path.is_file() for path in (tmp_path / "state").rglob("*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not list((tmp_path / "state").glob("*"))
 
 
 def dies(kind: type, number: int) -> Callable[[Parcel], list[Parcel] | None]:
@@ -203,36 +209,40 @@ def test_messages_come_twice_and_late_and_out_of_order(
     expected, dice, handle = undisturbed(), random.Random(3), bare_pool._handle
     seen: list[Parcel] = []
     held: list[Parcel] = []
-    holds = iter(range(5))
+    holds = iter(range(2))
 
     def twice(service: Any, parcels: list[Parcel]) -> list[Parcel]:
         (parcel,) = parcels
         if isinstance(parcel.header, Forward | Backward | Commit):
             parcels = [parcel, parcel, *(dice.choice(seen) for _ in range(2) if seen)]
             seen.append(parcel)
-        answers = handle(service, parcels)
+        again = handle(service, parcels)
+        answers = list({(a.peer, a.header.id): a for a in reversed(again)}.values())
         dice.shuffle(answers)
         if isinstance(parcel.header, Forward) and dice.random() < 0.3 and next(holds, None) is not None:
             held.extend(answers)
             return []
         answers += held
         held.clear()
-        return answers + answers[:1]
+        return answers + again
 
     monkeypatch.setattr(bare_pool, "_handle", twice)
     bare_pool.start_moody_worker(lambda parcel: None, store)
-    assert_equal(together(members(bare_pool, deadline=1.0)), expected)
-    assert len(seen) > 2 * PLAN.steps * 7, "nothing was done again"
+    assert_equal(together(members(bare_pool, deadline=4.0)), expected)
+    assert next(holds, None) is None, "answers were held back"
 
 
-def test_an_answer_to_a_commit_is_lost(bare_pool: Any, members: Any, store: Any, undisturbed: Any) -> None:
-    expected, seen = undisturbed(), count(1)
+def test_answers_to_commits_are_lost(bare_pool: Any, members: Any, store: Any, undisturbed: Any) -> None:
+    """One silo alone: another would wait as long as this one, and be done with waiting as soon."""
+    alone, seen = msgspec.structs.replace(PLAN, silos=1), count(1)
+    expected = undisturbed(alone)
 
     def told(answer: Parcel) -> list[Parcel]:
-        return [] if isinstance(answer.header, Committed) and next(seen) in (2, 4) else [answer]
+        return [] if isinstance(answer.header, Committed) and next(seen) in (1, 3) else [answer]
 
     bare_pool.start_moody_worker(lambda parcel: None, store, told)
-    assert_equal(together(members(bare_pool, patience=2.0)), expected)
+    assert_equal(together(members(bare_pool, alone, patience=2.0)), expected)
+    assert next(seen) == PLAN.steps + 2 + 1
 
 
 class KilledError(Exception):
