@@ -83,7 +83,12 @@ def _window(_: click.Context, __: click.Parameter, value: str) -> int | None:
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--loss-on", type=click.Choice(["answer", "everything"]), default="answer", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the first adapter and the data order.")
-@click.option("--patience", default=600.0, show_default=True, help="Seconds to wait for the other silos.")
+@click.option(
+    "--patience",
+    default=600.0,
+    show_default=True,
+    help="Seconds to wait for the other silos, and to try a step again after a loss.",
+)
 @click.option("--progress", type=click.Choice(["bar", "jsonl"]), default="bar", show_default=True)
 @click.option("--json", "json_path", type=_FILE, help="Write what was measured here.")
 def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None:
@@ -100,13 +105,15 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
       trunkline silo train ... --out north --resume north      # after it was killed
     """
     from silo_agent.adapters import check_place, write_adapter
-    from silo_agent.snapshot import read_snapshot
+    from silo_agent.snapshot import FILE, read_snapshot
     from silo_agent.training import TrainSettings, train
     from workers.families import lora_targets
 
     check_place(given["out"])
     unfinished = read_snapshot(given["resume"]) if given["resume"] else None
     resume = unfinished or load_saved(given["resume"])
+    if not given["resume"] and (given["out"] / FILE).exists():
+        click.echo(f"the unfinished run at {given['out']} is begun anew; --resume goes on with one", err=True)
     with open_silo(options) as silo:
         examples = data.examples(silo.tokenizer, "train", everything=given["loss_on"] == "everything")
         targets = lora_targets(silo.ends.config, given["lora_targets"])
