@@ -23,7 +23,7 @@ from codec.partition import Partition
 from silo_agent.processes import Processes
 from workers.checkpoint import Checkpoint
 
-FAILOVER = False
+FAILOVER = True
 """Whether runs survive their worker, their broker and their silo: then workers are given `--state`, and the
 training silo is killed too and goes on with `--resume`."""
 

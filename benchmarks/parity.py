@@ -167,7 +167,8 @@ def _train_silo(
     remote.open(request, [], wait=60)
     initial = {**_copy(ends.adapter()), **_trunk_adapter(remote)}
     trainer = Trainer(ends, remote, run="parity", plan=plan, noise=Noise(_NO_NOISE), patience=120)
-    losses = [trainer.step([pack_examples(micro) for micro in step]).loss for step in steps]
+    reports = [trainer.step([pack_examples(micro) for micro in step]) for step in steps]
+    losses = [report.loss for report in reports if report is not None]
     final = {**_copy(ends.adapter()), **_trunk_adapter(remote)}
     remote.call(CloseRun(run="parity"))
     return _Trained(losses, initial, final)

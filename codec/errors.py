@@ -104,6 +104,12 @@ class NobodyError(UnavailableError):
     code = "nobody"
 
 
+class EndedError(TrunklineError):
+    """The run is over before its last step: one of its silos left it."""
+
+    code = "ended"
+
+
 class UnknownNameError(TrunklineError):
     """No session, run or adapter of that name belongs to the asker."""
 
@@ -132,6 +138,7 @@ _BY_CODE: dict[str, type[TrunklineError]] = {
         DeadlineError,
         UnavailableError,
         NobodyError,
+        EndedError,
         UnknownNameError,
         LimitError,
     )

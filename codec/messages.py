@@ -40,6 +40,9 @@ ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
 Encodings = Annotated[tuple[Encoding, ...], Meta(max_length=len(ENCODINGS))]
 Role = Literal["silo", "worker"]
+Secret = Annotated[bytes, Meta(max_length=16)]
+"""Random bytes that name something to those who know them; empty for nothing."""
+
 Lengths = Annotated[
     tuple[Annotated[int, Meta(ge=1, le=MAX_TOKENS)], ...], Meta(min_length=1, max_length=MAX_ROWS)
 ]
@@ -185,7 +188,8 @@ class OpenSession(Header, frozen=True, tag="open-session"):
 class OpenRun(Header, frozen=True, tag="open-run"):
     """Join a run over blocks `[start, stop)`. All silos must bring the same plan and first adapter.
 
-    `encodings` are those that the worker must read.
+    `encodings` are those that the worker must read. A silo that was in the run joins it again with the
+    `ticket` and the `seat` that it got: it takes its own place, and needs no first adapter.
     """
 
     run: Name
@@ -195,12 +199,20 @@ class OpenRun(Header, frozen=True, tag="open-run"):
     plan: RunPlan
     encodings: Encodings = ()
     names: Names = ()
+    ticket: Secret = b""
+    seat: Secret = b""
 
 
 class Opened(Header, frozen=True, tag="opened"):
-    """The session or run is open; a run stands at `step`."""
+    """The session or run is open; a run stands at `step`.
+
+    A run that survives its worker has a `ticket`, which its members share, and each has a `seat`: both
+    are secret, and come with `open-run` when the run is joined again.
+    """
 
     step: Count = 0
+    ticket: Secret = b""
+    seat: Secret = b""
 
 
 class CloseSession(Header, frozen=True, tag="close-session"):

@@ -23,6 +23,7 @@ from torch import Tensor
 from codec.errors import ModelError, SaveError
 from codec.partition import Span
 from codec.plan import LoraPlan
+from silo_agent.snapshot import FILE
 from workers.lora import peft_config
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -167,8 +168,8 @@ def _plain(config: dict[str, object]) -> dict[str, object]:
 
 
 def _left_over(path: Path) -> bool:
-    """Whether a killed save left this."""
-    return path.name.startswith(_SCRATCH)
+    """Whether a killed save left this, or it belongs to a run that is to become the adapter here."""
+    return path.name.startswith((_SCRATCH, FILE))
 
 
 def _settle(file: Path) -> None:

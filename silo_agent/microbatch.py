@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -78,3 +79,29 @@ def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[Micro
             waiting.extend(again)
         yield pack_examples(waiting[:size])
         del waiting[:size]
+
+
+class Steps:
+    """The micro-batches of every step by its number: the same ones whenever they are asked for."""
+
+    _KEPT = 3
+
+    def __init__(self, examples: Sequence[Example], batch: int, accumulate: int, seed: int) -> None:
+        """`accumulate` micro-batches of `batch` examples in a step, in the order of `batches`."""
+        self._examples, self._batch, self._accumulate, self._seed = examples, batch, accumulate, seed
+        self._begin()
+
+    def _begin(self) -> None:
+        self._source = batches(self._examples, self._batch, self._seed)
+        self._made: dict[int, tuple[MicroBatch, ...]] = {}
+        self._next = 0
+
+    def __getitem__(self, step: int) -> tuple[MicroBatch, ...]:
+        """Fast for what is near the last one asked for. Raises `DataError` if there is no example."""
+        if step < self._next and step not in self._made:
+            self._begin()
+        while self._next <= step:
+            self._made[self._next] = tuple(islice(self._source, self._accumulate))
+            self._made.pop(self._next - self._KEPT, None)
+            self._next += 1
+        return self._made[step]

@@ -3,10 +3,13 @@
 The paper's mechanism (arXiv 2505.15683). What it protects against and what not: docs/privacy.md.
 """
 
+import hashlib
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +48,29 @@ class NoiseScale:
         return self.absolute or self.relative * boundary_std
 
 
+Random = Callable[[int], bytes]
+"""So many random bytes."""
+
+
+class Moments(NamedTuple):
+    """Of everything noised so far: how many elements, their mean, and the squares about it."""
+
+    elements: int = 0
+    mean: float = 0.0
+    square: float = 0.0
+
+
+def repeatable(secret: bytes, step: int, microbatch: int) -> Random:
+    """Random bytes that are the same whenever this micro-batch of this step is noised.
+
+    A step that is done again then sends what it sent before: the same hidden states under new noise
+    would average out. They are SHAKE256's, a function of `secret`, 32 bytes, that nobody else can guess;
+    noise under the same secret must never be added to other hidden states.
+    """
+    place = secret + step.to_bytes(8, "little") + microbatch.to_bytes(8, "little")
+    return lambda size: hashlib.shake_256(place).digest(size)
+
+
 class Noise:
     """The noise source of one silo process.
 
@@ -63,8 +89,21 @@ class Noise:
             if not -(2**63) <= seed < 2**63:
                 raise UsageError(f"{seed} is not a 64-bit seed")
             self._generator = torch.Generator(device).manual_seed(seed)
-        self._count, self._mean, self._square = 0, 0.0, 0.0
+        self._seed = seed
+        self.moments = Moments()
+        """Set back where something is to be noised again as it was."""
         self._sigma = 0.0
+
+    @property
+    def scale(self) -> NoiseScale:
+        """How strong it is."""
+        return self._scale
+
+    def secret(self) -> bytes:
+        """A fresh secret for `repeatable`; with a fixed seed, one that follows from it."""
+        if self._seed is None:
+            return os.urandom(32)
+        return hashlib.sha256(f"noise seed {self._seed}".encode()).digest()
 
     @property
     def step(self) -> float:
@@ -76,40 +115,42 @@ class Noise:
         """Whether nothing is ever added."""
         return self._scale == NoiseScale()
 
-    def add(self, hidden: Tensor) -> Tensor:
-        """`hidden` `[tokens, hidden]` plus fresh noise; gradients pass through unchanged."""
+    def add(self, hidden: Tensor, random: Random | None = None) -> Tensor:
+        """`hidden` `[tokens, hidden]` plus noise; gradients pass through unchanged.
+
+        The noise is fresh, or made of `random`.
+        """
         if self.off:
             return hidden
         sigma = self._scale.sigma(self._observe(hidden.detach()) if self._scale.relative else 0.0)
         self._sigma = sigma
-        return hidden + (self._normal(hidden) * sigma).to(hidden.dtype)
+        return hidden + (self._normal(hidden, random) * sigma).to(hidden.dtype)
 
-    def _normal(self, like: Tensor) -> Tensor:
-        if self._generator is None:
-            return system_normal(like.shape, like.device)
+    def _normal(self, like: Tensor, random: Random | None) -> Tensor:
+        if random is not None or self._generator is None:
+            return system_normal(like.shape, like.device, random)
         return torch.randn(like.shape, generator=self._generator, device=like.device, dtype=torch.float32)
 
     def _observe(self, hidden: Tensor) -> float:
         """Merge this tensor into the running moments (Chan et al.); the standard deviation so far."""
         count, values = hidden.numel(), hidden.double()
         mean, square = float(values.mean()), float((values - values.mean()).square().sum())
-        total = self._count + count
-        delta = mean - self._mean
-        self._square += square + delta * delta * self._count * count / total
-        self._mean += delta * count / total
-        self._count = total
-        return math.sqrt(self._square / total)
+        before = self.moments
+        total, delta = before.elements + count, mean - before.mean
+        square += before.square + delta * delta * before.elements * count / total
+        self.moments = Moments(total, before.mean + delta * count / total, square)
+        return math.sqrt(square / total)
 
 
-def system_normal(shape: torch.Size, device: torch.device) -> Tensor:
-    """Standard normal values, fp32, from the operating system's random bytes (Box and Muller).
+def system_normal(shape: torch.Size, device: torch.device, random: Random | None = None) -> Tensor:
+    """Standard normal values, fp32, from the operating system's random bytes, or `random`'s (Box and Muller).
 
     No torch generator will do: the CPU's Mersenne twister uses 32 bits of its seed, and every chat
     template begins with tokens whose hidden states the server can compute. It would see their noise
     bare, try 2**32 seeds, and take off all the noise of the process.
     """
     pairs = (shape.numel() + 1) // 2
-    drawn = np.frombuffer(bytearray(os.urandom(8 * pairs)), dtype=np.int32).reshape(2, pairs)
+    drawn = np.frombuffer(bytearray((random or os.urandom)(8 * pairs)), dtype=np.int32).reshape(2, pairs)
     # Uniform in (0, 1), never 0 or 1: 32 bits, so the normal values reach out to 6.7.
     uniform = torch.from_numpy(drawn).to(device).double().mul_(2.0**-32).add_(0.5 + 2.0**-33)
     radius, angle = uniform[0].log_().mul_(-2).sqrt_(), uniform[1].mul_(2 * math.pi)

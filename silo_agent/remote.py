@@ -17,15 +17,24 @@ from broker.link import Link
 from broker.parcel import Parcel
 from codec.errors import (
     DeadlineError,
+    LimitError,
+    MismatchError,
     NobodyError,
     ProtocolError,
     TrunklineError,
     UnavailableError,
+    UnknownNameError,
     from_code,
 )
 from codec.messages import Answer, Attach, Error, OpenRun, OpenSession, Request, Wire
 from codec.tensors import decode_tensors
 from silo_agent.packed import Packed, pack, tokens_of
+
+LOST = (UnavailableError, UnknownNameError, DeadlineError)
+"""The worker is gone, has been evicting, or is stuck: elsewhere, or anew, it can go on."""
+
+NOT_YET = (UnavailableError, LimitError, MismatchError)
+"""Nobody is there, nobody has room, or only workers of other blocks are left. That can change."""
 
 _RETRY_S = 0.5
 

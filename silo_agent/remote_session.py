@@ -6,24 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from codec.errors import (
-    DeadlineError,
-    LimitError,
-    MismatchError,
-    TrunklineError,
-    UnavailableError,
-    UnknownNameError,
-)
+from codec.errors import TrunklineError, UnavailableError
 from codec.messages import CloseSession, OpenSession
 from silo_agent.packed import Packed
 from silo_agent.recording import Recording
-from silo_agent.remote import Arrival, Remote
-
-_LOST = (UnavailableError, UnknownNameError, DeadlineError)
-"""The worker is gone, has been evicting, or is stuck: elsewhere, or anew, the session can go on."""
-
-_NOT_YET = (UnavailableError, LimitError, MismatchError)
-"""Nobody is there, nobody has room, or only workers of other blocks are left. That can change."""
+from silo_agent.remote import LOST, NOT_YET, Arrival, Remote
 
 _RECOVERIES = 3
 """For one extend, and for a session that may be what its workers fall over. A broker that was restarted, or
@@ -61,7 +48,7 @@ class RemoteSession:
             if not self._intact:
                 raise UnavailableError("the session was lost, and not recovered")
             arrival = self._remote.wait(self._remote.send(packed))
-        except _LOST as loss:
+        except LOST as loss:
             arrival = self._recovered(packed, loss)
         self._recording.add(packed)
         return arrival
@@ -81,7 +68,7 @@ class RemoteSession:
             try:
                 self._reopen(max(0.0, until - time.monotonic()))
                 arrival = self._replayed([*recorded, packed])
-            except (*_LOST, *_NOT_YET) as error:
+            except (*LOST, *NOT_YET) as error:
                 failure = error
                 if time.monotonic() >= until:
                     break
@@ -101,7 +88,7 @@ class RemoteSession:
     def _reopen(self, wait: float) -> None:
         # A worker that is merely slow frees the old caches first; and a broker may choose another one.
         self.close()
-        self._remote.open(self._opening, self._adapter, wait=wait, despite=_NOT_YET)
+        self._remote.open(self._opening, self._adapter, wait=wait, despite=NOT_YET)
 
     def _replayed(self, packed: Sequence[Packed]) -> Arrival:
         """Send all of it; the answer to the last."""

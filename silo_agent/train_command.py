@@ -1,6 +1,7 @@
 """`trunkline silo train`."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from silo_agent.report import settings_of, write_report
 from silo_agent.tasks.options import DataOptions, data_options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from silo_agent.trainer import StepReport
 
 _FILE = click.Path(path_type=Path)
@@ -34,7 +37,11 @@ def _window(_: click.Context, __: click.Parameter, value: str) -> int | None:
 @partition_option
 @data_options
 @click.option("--out", type=_FILE, required=True, help="Directory for the adapter, in PEFT's format.")
-@click.option("--resume", type=_FILE, help="Begin with this adapter's weights instead of fresh ones.")
+@click.option(
+    "--resume",
+    type=_FILE,
+    help="Go on with the unfinished run in this directory; or begin with the adapter in it.",
+)
 @click.option("--run", "run_name", default="default", show_default=True, help="Silos of one run share it.")
 @click.option("--silos", default=1, show_default=True, help="How many silos take part.")
 @click.option("--steps", default=10, show_default=True)
@@ -79,7 +86,12 @@ def _window(_: click.Context, __: click.Parameter, value: str) -> int | None:
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--loss-on", type=click.Choice(["answer", "everything"]), default="answer", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the first adapter and the data order.")
-@click.option("--patience", default=600.0, show_default=True, help="Seconds to wait for the other silos.")
+@click.option(
+    "--patience",
+    default=600.0,
+    show_default=True,
+    help="Seconds to wait for the other silos, and to try a step again after a loss.",
+)
 @click.option("--progress", type=click.Choice(["bar", "jsonl"]), default="bar", show_default=True)
 @click.option("--json", "json_path", type=_FILE, help="Write what was measured here.")
 def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None:
@@ -93,15 +105,20 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
           --task multirc --data MultiRC/train.jsonl --steps 100 --out adapter
       trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
           --run clinics --silos 2 --noise 0.05 --data north.jsonl --out north
+      trunkline silo train ... --out north --resume north      # after it was killed
     """
     from silo_agent.adapters import check_place, write_adapter
+    from silo_agent.snapshot import FILE, read_snapshot
     from silo_agent.training import TrainSettings, train
     from workers.checkpoint import Checkpoint
     from workers.families import lora_targets
 
     check_place(given["out"])
     check_alone(given["partition"], given["silos"])
-    resume = load_saved(given["resume"])
+    unfinished = read_snapshot(given["resume"]) if given["resume"] else None
+    resume = unfinished or load_saved(given["resume"])
+    if not given["resume"] and (given["out"] / FILE).exists():
+        click.echo(f"the unfinished run at {given['out']} is begun anew; --resume goes on with one", err=True)
     tokenizer = load_tokenizer(options.model)
     plan = checked_plan(
         silos=given["silos"],
@@ -120,7 +137,12 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
         seed=given["seed"],
     )
     settings = TrainSettings(
-        given["run_name"], given["batch"], given["accumulate"], given["window"], given["patience"]
+        given["run_name"],
+        given["batch"],
+        given["accumulate"],
+        given["window"],
+        given["patience"],
+        given["out"],
     )
     examples = data.examples(tokenizer, "train", everything=given["loss_on"] == "everything")
     work = training_work(
@@ -135,8 +157,10 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
                 reports.append(report)
                 show(report)
 
-            tensors = train(silo, plan, settings, examples, resume, on_step)
-        write_adapter(given["out"], plan.lora, tensors, options.model)
+            def save(tensors: "Mapping[str, Tensor]") -> None:
+                write_adapter(given["out"], plan.lora, tensors, options.model)
+
+            train(silo, plan, settings, examples, resume, on_step, save)
         results = {
             "steps": [dataclasses.asdict(report) for report in reports],
             "loss_first": reports[0].loss if reports else None,

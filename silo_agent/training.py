@@ -1,30 +1,38 @@
 """One silo's part of a run, from open to saved adapter."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 
+import msgspec
 from torch import Tensor
 
-from codec.errors import ProtocolError
-from codec.messages import Adapter, CloseRun, GetAdapter, Opened, OpenRun
+from codec.messages import OpenRun
 from codec.plan import RunPlan
 from silo_agent.adapters import SavedAdapter
-from silo_agent.microbatch import Example, batches
+from silo_agent.microbatch import Example, Steps
 from silo_agent.options import Silo
-from silo_agent.trainer import StepReport, Trainer
+from silo_agent.remote_run import RemoteRun
+from silo_agent.snapshot import Snapshot, Standing, remove_snapshot, write_snapshot
+from silo_agent.trainer import StepReport, Tensors, Trainer
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """How this silo takes part: sequences in a micro-batch, micro-batches in a step and in flight (None:
-    tuned)."""
+    tuned). Where the run survives, it is kept at `out` until it is finished."""
 
     run: str
     batch: int
     accumulate: int
     window: int | None
     patience: float
+    out: Path
+
+
+Unfinished = tuple[Snapshot, Tensors]
+Save = Callable[[dict[str, Tensor]], None]
 
 
 def train(
@@ -32,51 +40,79 @@ def train(
     plan: RunPlan,
     settings: TrainSettings,
     examples: Sequence[Example],
-    resume: SavedAdapter | None,
+    resume: SavedAdapter | Unfinished | None,
     on_step: Callable[[StepReport], None],
-) -> dict[str, Tensor]:
-    """Take part in a run to its end; the whole model's adapter, by global name.
+    save: Save,
+) -> None:
+    """Take part in a run to its end, and `save` the whole model's adapter, by global name.
 
-    Raises any `TrunklineError`; nothing was written then.
+    Begins with an adapter, or goes on with an unfinished run, to `resume`. Raises any `TrunklineError`;
+    nothing was saved then but what it takes to go on.
     """
-    ends, remote, options = silo.ends, silo.remote, silo.options
-    ends.adapt(plan.lora, plan.seed, resume.tensors if resume else None)
-    trunk = resume.within(ends.trunk) if resume else {}
-    opened = remote.open(
-        OpenRun(
-            run=settings.run,
-            model=ends.card,
-            start=ends.trunk.start,
-            stop=ends.trunk.stop,
-            plan=plan,
-            encodings=silo.wires.needed(),
-            names=tuple(trunk),
-        ),
-        list(trunk.values()),
-        wait=options.wait,
-    ).header
-    if not isinstance(opened, Opened):
-        raise ProtocolError("the worker answered an open with something else", side="worker")
+    ends, terms = silo.ends, _terms(silo, plan, settings, examples)
+    first = resume if isinstance(resume, SavedAdapter) else None
+    ends.adapt(plan.lora, plan.seed, first.tensors if first else None)
+    trunk = first.within(ends.trunk) if first else {}
+    opening = OpenRun(
+        run=settings.run,
+        model=ends.card,
+        start=ends.trunk.start,
+        stop=ends.trunk.stop,
+        plan=plan,
+        encodings=silo.wires.needed(),
+        names=tuple(trunk),
+    )
+    if isinstance(resume, tuple):
+        snapshot = resume[0]
+        snapshot.check(terms)
+        opening = msgspec.structs.replace(opening, ticket=snapshot.ticket, seat=snapshot.seat)
+    remote_run = RemoteRun(silo.remote, opening, list(trunk.values()), wait=silo.options.wait)
+    home = remote_run.open()
+
+    def keep(standing: Standing, tensors: Tensors) -> None:
+        ticket, seat = remote_run.opening.ticket, remote_run.opening.seat
+        write_snapshot(settings.out, Snapshot(settings.run, ticket, seat, terms, standing), tensors)
+
     trainer = Trainer(
         ends,
-        remote,
+        silo.remote,
         run=settings.run,
         plan=plan,
         noise=silo.noise,
         wires=silo.wires,
         window=settings.window,
         patience=settings.patience,
-        step=opened.step,
+        step=home,
+        rejoin=remote_run.rejoin if remote_run.survives else None,
+        keep=keep,
     )
-    source = batches(examples, settings.batch, plan.seed)
-    following = list(islice(source, settings.accumulate))
-    for number in range(opened.step, plan.steps):
-        present = following
-        following = list(islice(source, settings.accumulate)) if number + 1 < plan.steps else []
-        on_step(trainer.step(present, following))
-    arrival = remote.call(GetAdapter(run=settings.run))
-    if not isinstance(arrival.header, Adapter):
-        raise ProtocolError("the worker answered with something other than an adapter", side="worker")
-    received = dict(zip(arrival.header.names, arrival.tensors, strict=True))
-    remote.call(CloseRun(run=settings.run))
-    return {**ends.adapter(), **received}
+    if isinstance(resume, tuple):
+        trainer.stand(resume[0].standing, resume[1])
+        trainer.settle(home)
+    elif remote_run.survives:
+        keep(*trainer.standing())
+    steps = Steps(examples, settings.batch, settings.accumulate, plan.seed)
+    while (number := trainer.step_number) < plan.steps:
+        report = trainer.step(steps[number], steps[number + 1] if number + 1 < plan.steps else ())
+        if report is not None:
+            on_step(report)
+    save({**ends.adapter(), **remote_run.adapter()})
+    remove_snapshot(settings.out)
+    remote_run.close()
+
+
+def _terms(silo: Silo, plan: RunPlan, settings: TrainSettings, examples: Sequence[Example]) -> dict[str, str]:
+    """Everything that a run must be gone on with as it was begun, by what it is called."""
+    trunk = silo.ends.trunk
+    data = hashlib.sha256(msgspec.json.encode(list(examples))).hexdigest()
+    return {
+        **{f"plan ({field})": str(getattr(plan, field)) for field in plan.__struct_fields__},
+        "run name": settings.run,
+        "model": silo.ends.card.fingerprint,
+        "trunk": str(trunk),
+        "--batch": str(settings.batch),
+        "--accumulate": str(settings.accumulate),
+        "data": data[:16],
+        # Under the same secret, noise of another strength would give both away.
+        "noise": str(silo.noise.scale),
+    }

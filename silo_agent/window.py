@@ -99,6 +99,10 @@ class Window:
             step.away += max(_TICK_S, now - turn.began)
             self._tune()
 
+    def dropped(self) -> None:
+        """Nothing that is in flight is awaited any more."""
+        self._turns.clear()
+
     def committed(self) -> None:
         """A step is over."""
         self._done_before_step = self._done

@@ -6,13 +6,13 @@ is computed forward again from its input: LoRA has no dropout here, so the resul
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from codec.errors import LimitError, MismatchError, UnknownNameError
+from codec.errors import LimitError, MismatchError, ProtocolError, UnknownNameError
 from workers.graph import metered
 from workers.parts import Part
 from workers.run import TrunkRun
@@ -26,6 +26,8 @@ _ESTIMATE = 17
 two bytes a number, attention scores left out (Korthikanti et al., arXiv 2205.05198, section 4)."""
 _MAX_KEPT = 256
 """Micro-batches of one silo between forward and backward."""
+_MAX_STEP = 1 << 16
+"""Micro-batches of one silo in one step: their numbers are remembered."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,12 +63,35 @@ class _Kept:
     """With its graph; None if it is to be computed again."""
 
 
+@dataclass(slots=True)
+class _Numbers:
+    """Of one silo's micro-batches in a run: which are `over` in this step, and which were before it."""
+
+    over: set[int] = field(default_factory=set)
+    last: int = -1
+    floor: int = -1
+
+    def check(self, number: int) -> None:
+        """A micro-batch begins. Raises `ProtocolError` if it had its turn, `LimitError` for too many."""
+        if number <= self.floor or number in self.over:
+            raise ProtocolError(f"micro-batch {number} had its turn: each has a number of its own")
+        if len(self.over) >= _MAX_STEP:
+            raise LimitError(f"{_MAX_STEP} micro-batches in one step", side="silo")
+        self.last = max(self.last, number)
+
+    def next_step(self) -> None:
+        """What begins from now on has numbers above all before."""
+        self.floor = self.last
+        self.over.clear()
+
+
 class Activations:
     """Everything that waits for a backward, within `budget` bytes."""
 
     def __init__(self, span: Span, budget: int) -> None:
         self._span, self._budget = span, budget
         self._kept: dict[Key, _Kept] = {}
+        self._numbers: dict[tuple[bytes, str], _Numbers] = {}
         self._spent: list[MicroBatch] = []
         self._groups = count()
         self._per_block: dict[str, float] = {}
@@ -92,7 +117,9 @@ class Activations:
         return [output.detach() for output in outputs]
 
     def check_room(self, key: Key, entry: Tensor) -> None:
-        """Raises `LimitError` if not even a micro-batch's input could be kept."""
+        """Raises `LimitError` if not even a micro-batch's input could be kept, and `ProtocolError` for one
+        whose gradient counts already: a message that came twice must not add it twice."""
+        self._numbers.setdefault(key[:2], _Numbers()).check(key[2])
         before = self._kept.get(key)  # Sent again, it makes room for itself.
         if self.held - (before.bytes if before else 0) + entry.nbytes > self._budget:
             raise LimitError(
@@ -126,6 +153,7 @@ class Activations:
         whole = not others and len(kept) == self.members[group]
         for gradient in gradients:
             self.drop(gradient.key, alone=not whole)
+            self._numbers.setdefault(gradient.key[:2], _Numbers()).over.add(gradient.key[2])
         batches = [one.batch for one in kept]
         outputs = [one.output for one in kept if one.output is not None]
         if not whole or len(outputs) != len(kept):
@@ -157,12 +185,18 @@ class Activations:
                     self.held -= other.bytes - other.batch.entry.nbytes
                     other.bytes, other.output = other.batch.entry.nbytes, None
 
-    def forget(self, run: TrunkRun) -> None:
-        """A run is over."""
+    def forget(self, run: TrunkRun, name: str) -> None:
+        """A run called `name` is over."""
+        self.drop_all(name)
         self._per_block.pop(run.key, None)
+        for member in [member for member in self._numbers if member[1] == name]:
+            del self._numbers[member]
 
     def drop_all(self, run: str, silo: bytes | None = None) -> None:
-        """Forget a run's micro-batches, or one silo's of it."""
+        """Forget a run's micro-batches, or one silo's of it: its step is over, or begins anew."""
+        for member, numbers in self._numbers.items():
+            if member[1] == run and silo in (None, member[0]):
+                numbers.next_step()
         for key in [key for key in self._kept if key[1] == run and silo in (None, key[0])]:
             self.drop(key)
 

@@ -41,6 +41,12 @@ kv_memory_option = click.option(
     metavar="MIB",
     help="Bound on what micro-batches keep between forward and backward; beyond, it is computed again.",
 )
+@click.option(
+    "--state",
+    metavar="URL",
+    help="Where runs are saved after every step, so that they survive: a directory or an fsspec URL, the "
+    "same for all workers.  [default: a run ends with its worker]",
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there; port 0 too.")
 @click.option(
     "--drain",
@@ -80,6 +86,7 @@ def worker(
     dtype: str,
     kv_memory: int,
     activation_memory: int,
+    state: str | None,
     metrics: str | None,
     drain: float,
     stall: float,
@@ -94,6 +101,7 @@ def worker(
     Examples:
       trunkline worker --broker tcp://127.0.0.1:7555 --model smollm2-135m
       trunkline worker --broker tcp://127.0.0.1:7555 --model meta-llama/Llama-2-7b-hf --blocks 2:30
+      trunkline worker --broker tcp://127.0.0.1:7555 --model smollm2-135m --state /srv/runs
       trunkline worker --broker tcp://hub.example:7555 --model smollm2-135m \\
           --key keys/gpu1.secret --broker-key hub.public
       trunkline worker --broker tcp://127.0.0.1:7555 --broker tcp://127.0.0.1:7556 \\
@@ -109,10 +117,12 @@ def worker(
     from workers.service import TrunkService
     from workers.span import Span
     from workers.stall import end_if_stuck
+    from workers.state import StateStore
 
     logs.configure()
     runtime.quiet_libraries()
     keys = link_keys(key, broker_key, "worker")
+    store = StateStore.at(state) if state else None
     stop = stop_on_signals()
     checkpoint = Checkpoint(model)
     hosted = partition.Span.parse(blocks) if blocks else partition.Span(0, checkpoint.blocks)
@@ -121,7 +131,7 @@ def worker(
     card = checkpoint.card(range(hosted.start, hosted.stop))
     log = logs.Log("worker")
     log.say("hosting", model=model, blocks=str(hosted), mib=span.weight_bytes // MIB, device=str(where))
-    service = TrunkService(span, card, kv_memory * MIB, activation_memory * MIB)
+    service = TrunkService(span, card, kv_memory * MIB, activation_memory * MIB, store)
     if metrics:
         click.echo(f"metrics at {serve_metrics(metrics, WorkerMetrics(service), 'worker')}")
     link = attach_everywhere(brokers, worker_attach(span, card, name), patience=patience, keys=keys)

@@ -3,6 +3,7 @@
 A name belongs to the silo that opened it; a run belongs to the silos that joined it.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Container, Mapping
 from itertools import count
@@ -15,9 +16,10 @@ from codec.messages import OpenRun, OpenSession
 from codec.plan import ModelCard
 from workers.busy import Busy
 from workers.kv import KVMemory
-from workers.run import TrunkRun
+from workers.run import Durable, TrunkRun
 from workers.session import TrunkSession
 from workers.span import Span
+from workers.state import Found, RunState, StateStore
 
 _IDLE_S = 5.0
 """A session that was used since is not closed for another's sake: both would be sent again in turns."""
@@ -61,7 +63,7 @@ class Holdings:
 
         Raises `LimitError` if there is no memory for it, `MismatchError` and `ProtocolError`.
         """
-        self._check_model(request)
+        self.check_model(request)
         if request.names and request.adapter is None:
             raise ProtocolError("tensors came without the adapter they belong to")
         adapter, before = named(request.names, tensors), self._sessions.get((silo, request.session))
@@ -70,9 +72,7 @@ class Holdings:
         if before is not None:
             before.running = True
         try:
-            session = TrunkSession(
-                self._span, f"a{next(self._keys)}", request, adapter, self.memory, time.monotonic()
-            )
+            session = TrunkSession(self._span, self._key(), request, adapter, self.memory, time.monotonic())
         finally:
             self.memory.held += mine
             if before is not None:
@@ -86,17 +86,37 @@ class Holdings:
         self.session(silo, name).close()
         del self._sessions[silo, name]
 
-    def open_run(self, silo: bytes, request: OpenRun, tensors: list[Tensor]) -> TrunkRun:
-        """Join a run, which is made if nobody has. Raises `MismatchError` and what joining raises."""
-        self._check_model(request)
-        blocks = partition.Span(request.start, request.stop)
-        initial = named(request.names, tensors)
+    def open_run(self, request: OpenRun, initial: Mapping[str, Tensor], store: StateStore | None) -> TrunkRun:
+        """The run of this name, which is made if there is none; with a store it will survive.
+
+        Raises `MismatchError` if another run has the name, or the first adapter does not fit.
+        """
         run = self.runs.get(request.run)
         if run is None:
-            run = TrunkRun(self._span, f"a{next(self._keys)}", request.plan, blocks, initial, self._busy)
+            ticket, durable = secrets.token_bytes(16), None
+            if store is not None:
+                durable = Durable(ticket, store.tenure(ticket))
+            blocks = partition.Span(request.start, request.stop)
+            run = TrunkRun(self._span, self._key(), request.plan, blocks, initial, self._busy, durable)
             self.runs[request.run] = run
-        run.join(silo, request.plan, blocks, initial)
+        if request.ticket and (run.durable is None or run.durable.ticket != request.ticket):
+            raise MismatchError(
+                f"another run {request.run!r} is under way here",
+                side="silo",
+                hint="Wait for its end, or begin anew under another --run.",
+            )
         return run
+
+    def resume_run(self, name: str, found: Found, ticket: bytes) -> None:
+        """Go on with a saved run. Raises `MismatchError` if it is of another model or name."""
+        state = found.state
+        if (state.run, state.fingerprint) != (name, self._card.fingerprint):
+            raise MismatchError(f"the saved run is {state.run!r}, of another model or name than {name!r}")
+        self.runs[name] = TrunkRun.found(self._span, self._key(), found, ticket, self._busy)
+
+    def state_of(self, name: str) -> tuple[RunState, dict[str, Tensor]]:
+        """What is to be saved of a run."""
+        return self.runs[name].state(name, self._card.fingerprint)
 
     def close_run(self, name: str) -> None:
         """Free a run that nobody is in any more."""
@@ -107,6 +127,9 @@ class Holdings:
         sessions = [key for key in self._sessions if silo in (key[0], b"")]
         joined = [(m, n) for n, run in self.runs.items() for m in run.ledger.members if silo in (m, b"")]
         return sessions, joined
+
+    def _key(self) -> str:
+        return f"a{next(self._keys)}"
 
     def _evict(self, missing: int) -> None:
         """Close sessions that were idle longest and whose silos can send everything again.
@@ -128,7 +151,8 @@ class Holdings:
             self.close_session(*key)
             self.evicted += 1
 
-    def _check_model(self, request: OpenSession | OpenRun) -> None:
+    def check_model(self, request: OpenSession | OpenRun) -> None:
+        """Raises unless this worker can serve the request's blocks of its model."""
         if why := self._card.differs_from(request.model):
             raise MismatchError(
                 f"silo and worker hold different models: {why}", hint="Give both the same --model."

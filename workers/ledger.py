@@ -2,57 +2,134 @@
 
 from dataclasses import dataclass, field
 
-from codec.errors import LimitError, MismatchError, ProtocolError, UnavailableError, UnknownNameError
+import msgspec
+
+from codec.errors import (
+    EndedError,
+    LimitError,
+    MismatchError,
+    ProtocolError,
+    TrunklineError,
+    UnavailableError,
+    UnknownNameError,
+)
 from codec.messages import Commit
 from codec.plan import RunPlan
 
 
 @dataclass(slots=True)
 class Ledger:
-    """A run's members and the commits of step `step`. `left` says who went before the end."""
+    """A run's members and the commits of step `step`. `left` says who went before the end.
+
+    A run that `survives` keeps the seats of members that vanish. Where one of them had a part in the
+    step, the step begins anew: all who had are `outdated` until they join again.
+    """
 
     plan: RunPlan
     step: int = 0
+    survives: bool = False
     members: set[bytes] = field(default_factory=set)
+    seats: dict[bytes, bytes] = field(default_factory=dict)
+    """Who sits where, by alias; nobody (empty) where a member vanished."""
     commits: dict[bytes, Commit] = field(default_factory=dict)
+    taking_part: set[bytes] = field(default_factory=set)
+    """Members of whom something of this step is here."""
+    outdated: set[bytes] = field(default_factory=set)
     left: str = ""
 
-    def join(self, silo: bytes, plan: RunPlan) -> None:
-        """A silo takes part.
+    def join(
+        self, silo: bytes, plan: RunPlan, seat: bytes = b"", *, again: bool = False
+    ) -> dict[bytes, Commit] | None:
+        """A silo takes a seat, its own if it joins `again`. If that makes the step begin anew, the
+        commits that waited and are void now, else None.
 
-        Raises `MismatchError` for another plan, `LimitError` if the run is full, and
-        `UnavailableError` if it cannot go on: it is free to open anew once all its silos have left.
+        Raises `MismatchError` for another plan, `LimitError` if the run is full, `UnknownNameError`
+        for a seat that is not of this run, `EndedError` if it cannot go on, and `UnavailableError` to a
+        newcomer then: the name is free to open anew once all have left.
         """
         if plan != self.plan:
             raise MismatchError(
                 "this run was opened with other settings",
                 hint="Give every silo of a run the same options, or choose another --run.",
             )
-        if silo not in self.members and len(self.members) >= self.plan.silos:
-            raise LimitError(f"this run is for {self.plan.silos} silos, and they are here", side="silo")
-        self._check_whole()
+        seat = seat or silo
+        before = self.seats.get(seat, b"")
+        if seat not in self.seats:
+            if silo in self.members:
+                before = silo
+            elif again and self.step:
+                raise UnknownNameError("this run has no such seat")
+            elif len(self.seats) >= self.plan.silos and not self._free_a_seat():
+                raise LimitError(
+                    f"this run is for {self.plan.silos} silos, and they are here",
+                    side="silo",
+                    hint="A silo that was in it goes on with --resume.",
+                )
+        if self.left:
+            raise self._over(EndedError if again else UnavailableError)
+        anew = self._begin_anew() if self.survives and {before, silo} & self.taking_part else None
+        self._stand_up(before)
+        self.seats = {s: member for s, member in self.seats.items() if member != silo}
         self.members.add(silo)
+        self.seats[seat] = silo
+        self.outdated.discard(silo)
+        return anew
+
+    def _free_a_seat(self) -> bool:
+        """Before the first step nothing is lost with a seat whose silo vanished."""
+        empty = next((seat for seat, silo in self.seats.items() if not silo), None)
+        if self.step or empty is None:
+            return False
+        del self.seats[empty]
+        return True
+
+    def _stand_up(self, silo: bytes) -> None:
+        self.members.discard(silo)
+        self.taking_part.discard(silo)
+        self.outdated.discard(silo)
+
+    def _begin_anew(self) -> dict[bytes, Commit]:
+        void = dict(self.commits)
+        self.commits.clear()
+        self.outdated |= self.taking_part
+        self.taking_part.clear()
+        return void
 
     def check(self, silo: bytes) -> None:
-        """Raises unless `silo` is a member of a run that can still go on."""
+        """Raises unless `silo` is a member of a run that can still go on, and knows where it stands."""
         if silo not in self.members:
             raise UnknownNameError("you are not in this run")
-        self._check_whole()
-
-    def _check_whole(self) -> None:
         if self.left:
+            raise self._over(EndedError)
+        if silo in self.outdated:
             raise UnavailableError(
-                f"{self.left} left the run at step {self.step}",
+                f"step {self.step} begins anew: a silo that had a part in it was lost",
                 side="silo",
-                hint="Start every silo again; --resume goes on from a saved adapter.",
+                hint="Join the run again.",
             )
 
+    def _over(self, kind: type[TrunklineError]) -> TrunklineError:
+        return kind(
+            f"{self.left} left the run at step {self.step}",
+            side="silo",
+            hint="Start every silo again; --resume goes on from a saved adapter.",
+        )
+
+    def takes_part(self, silo: bytes) -> None:
+        """A micro-batch of this silo is accepted. Raises what `check` raises."""
+        self.check(silo)
+        self.taking_part.add(silo)
+
     def commit(self, silo: bytes, commit: Commit) -> bool:
-        """Record one silo's commit; True once every silo's is there. Raises on a wrong step or twice."""
+        """Record one silo's commit; True once every silo's is there.
+
+        The same commit again takes the place of the first. Raises on a wrong step or another commit.
+        """
         self.check(silo)
         if commit.step != self.step:
             raise ProtocolError(f"the run is at step {self.step}, the commit is of step {commit.step}")
-        if silo in self.commits:
+        before = self.commits.get(silo)
+        if before is not None and msgspec.structs.replace(before, id=commit.id) != commit:
             raise ProtocolError(f"step {self.step} was committed by this silo already")
         if commit.names and self.plan.ends != "shared":
             raise ProtocolError("the ends' gradients cross only with --ends shared")
@@ -63,6 +140,7 @@ class Ledger:
                 hint="Give all silos the same --head, --tail and --lora-targets, or use --ends own.",
             )
         self.commits[silo] = commit
+        self.taking_part.add(silo)
         return len(self.commits) == self.plan.silos
 
     def totals(self) -> tuple[int, float]:
@@ -73,14 +151,23 @@ class Ledger:
     def stepped(self) -> None:
         """The step was taken."""
         self.commits.clear()
+        self.taking_part.clear()
         self.step += 1
+
+    def away(self, silo: bytes) -> dict[bytes, Commit] | None:
+        """A silo vanished from a run that survives, and its seat is kept. Returns what `join` returns."""
+        anew = self._begin_anew() if silo in self.taking_part else None
+        self._stand_up(silo)
+        self.seats = {seat: b"" if member == silo else member for seat, member in self.seats.items()}
+        return anew
 
     def leave(self, silo: bytes, who: str) -> dict[bytes, Commit]:
         """A silo is gone for good; returns the commits that now wait in vain, its own too.
 
         Before the run's last step nobody can go on without it; after that nobody needs it.
         """
-        self.members.discard(silo)
+        self._stand_up(silo)
+        self.seats = {seat: member for seat, member in self.seats.items() if member != silo}
         if self.step < self.plan.steps:
             self.left = self.left or who
         vain = dict(self.commits)

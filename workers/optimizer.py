@@ -10,7 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from codec.errors import MismatchError
 from codec.plan import RunPlan
+
+_VALUE = "value:"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What torch's AdamW keeps for each parameter that had a gradient."""
 
 
 def clip_factor(plan: RunPlan, norm: float) -> float:
@@ -49,6 +54,36 @@ class PartOptimizer:
         """Set the gradients, as summed over silos with shared ends."""
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name].to(parameter)
+
+    def drop_gradients(self) -> None:
+        """Forget what was accumulated: the step begins anew."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the parameters and of AdamW's moments and counters, to go on from with `restore`."""
+        copies = {f"{_VALUE}{name}": p.detach().clone() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            moments = self._adamw.state.get(parameter, {}) if self._adamw else {}
+            copies |= {f"{kind}:{name}": value.detach().clone() for kind, value in moments.items()}
+        return copies
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Stand where `state` was taken, without gradients. Raises `MismatchError` if it does not fit."""
+        for name, parameter in self.parameters.items():
+            value = state.get(f"{_VALUE}{name}")
+            if value is None or value.shape != parameter.shape:
+                raise MismatchError(f"the saved state has no {name} of {tuple(parameter.shape)}")
+        self.drop_gradients()
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state[f"{_VALUE}{name}"])
+            assert self._adamw is not None
+            self._adamw.state.pop(parameter, None)
+            if f"{_MOMENTS[0]}:{name}" in state:
+                moments = {kind: state[f"{kind}:{name}"].clone() for kind in _MOMENTS}
+                # The counter stays on the CPU, as AdamW keeps it.
+                moments |= {kind: moments[kind].to(parameter.device) for kind in _MOMENTS[1:]}
+                self._adamw.state[parameter] = moments
 
     def step(self, number: int, divisor: float, clip: float) -> None:
         """Take optimizer step `number` (from 0) on gradients divided by `divisor`, times `clip`."""

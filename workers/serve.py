@@ -60,7 +60,8 @@ def serve(link: Link, service: TrunkService, stop: Event, *, drain_s: float = 0.
     """
     device = service.trunk.device
     ended = Event()
-    inbox: queue.SimpleQueue[Work | TrunklineError] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Work | TrunklineError | None] = queue.SimpleQueue()
+    service.runs.saver.wake = lambda: inbox.put(None)
     outbox: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
     threads = [
         threading.Thread(target=_open, args=(link, service, inbox, ended), name="open", daemon=True),
@@ -75,6 +76,7 @@ def serve(link: Link, service: TrunkService, stop: Event, *, drain_s: float = 0.
             until = time.monotonic() + drain_s
             _compute(service, inbox, outbox, lambda: service.idle or time.monotonic() > until)
     finally:
+        service.runs.saver.close(_JOIN_S)
         ended.set()
         outbox.put(None)
         for thread in threads:
@@ -83,7 +85,7 @@ def serve(link: Link, service: TrunkService, stop: Event, *, drain_s: float = 0.
 
 def _compute(
     service: TrunkService,
-    inbox: "queue.SimpleQueue[Work | TrunklineError]",
+    inbox: "queue.SimpleQueue[Work | TrunklineError | None]",
     outbox: "queue.SimpleQueue[Reply | None]",
     ended: Callable[[], bool],
 ) -> None:
@@ -97,7 +99,8 @@ def _compute(
             if isinstance(work, TrunklineError):
                 raise work
             patience = 0.0
-            service.add(work)
+            if work is not None:
+                service.add(work)
         replies = service.next_pass(time.monotonic())
         patience = 0.0
         if replies is None:
@@ -110,7 +113,7 @@ def _compute(
 def _open(
     link: Link,
     service: TrunkService,
-    inbox: "queue.SimpleQueue[Work | TrunklineError]",
+    inbox: "queue.SimpleQueue[Work | TrunklineError | None]",
     ended: Event,
 ) -> None:
     trunk, opened = service.trunk, 0

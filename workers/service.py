@@ -36,12 +36,14 @@ from codec.plan import ModelCard
 from workers.activations import Activations, Gradient, MicroBatch
 from workers.agenda import MAX_PASS_TOKENS, Agenda, Job, Pass, Share
 from workers.busy import Busy
-from workers.holdings import Holdings, named
+from workers.holdings import Holdings
 from workers.inbound import Trunk, Work
 from workers.parts import Part
 from workers.replies import Reply, error_header, unexpected
+from workers.runs import Runs
 from workers.session import Extension
 from workers.span import Span
+from workers.state import StateStore
 
 T = TypeVar("T")
 Outcome = Tensor | TrunklineError | list[Reply] | None
@@ -57,14 +59,23 @@ class TrunkService:
     """Sessions and runs over one hosted span. Names belong to the silo that opened them."""
 
     def __init__(
-        self, span: Span, card: ModelCard, kv_bytes: int, activation_bytes: int = ACTIVATION_BYTES
+        self,
+        span: Span,
+        card: ModelCard,
+        kv_bytes: int,
+        activation_bytes: int = ACTIVATION_BYTES,
+        store: StateStore | None = None,
     ) -> None:
-        """Bounds on the KV caches of all sessions, and on what waits between forward and backward."""
+        """Bounds on the KV caches of all sessions, and on what waits between forward and backward.
+
+        With a `store` runs survive this worker, and silos that vanish.
+        """
         self._span, self._card = span, card
         self.busy = Busy(span.device)
         self.holdings = Holdings(span, card, kv_bytes, self.busy)
         self.holdings.asked = self._asked
         self.activations = Activations(span, activation_bytes)
+        self.runs = Runs(self.holdings, self.activations, store)
         self._agenda = Agenda(joint_tokens=span.filling)
         self._works: dict[Job, Work] = {}
         self.answered_bytes = 0
@@ -80,8 +91,8 @@ class TrunkService:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody holds anything here and nothing waits."""
-        return not self._agenda.waiting and not self.holdings
+        """Whether nobody holds anything here, nothing waits, and everything is saved."""
+        return not self._agenda.waiting and not self.holdings and not self.runs.saver.pending
 
     def add(self, work: Work) -> None:
         """A message came; what is neither a request nor about a silo that is gone is nobody's business."""
@@ -98,6 +109,8 @@ class TrunkService:
 
     def next_pass(self, now: float) -> list[Reply] | None:
         """Carry out what comes next; None if nothing may run. Never raises: errors are replies."""
+        if (saved := self.runs.saver.finished()) is not None:
+            return saved
         chosen = self._agenda.next_pass(now, self._chunk, self.activations.members, self._decode_s)
         if chosen is None:
             return None
@@ -233,6 +246,7 @@ class TrunkService:
         run.ledger.check(work.silo)
         key, entry = (work.silo, request.run, request.microbatch), work.tensors[0]
         self.activations.check_room(key, entry)
+        run.ledger.takes_part(work.silo)
         return MicroBatch(key, run, entry, request.lengths, work.mask)
 
     def _gradient(self, share: Share) -> Gradient:
@@ -258,18 +272,14 @@ class TrunkService:
             case CloseSession():
                 self.holdings.close_session(silo, request.session)
             case OpenRun():
-                run = self.holdings.open_run(silo, request, work.tensors)
-                self._log.say("silo joined run", run=request.run, silos=len(run.ledger.members))
-                return [Reply(silo, Opened(id=request.id, step=run.ledger.step))]
+                return self.runs.open(silo, request, work.tensors)
             case Commit():
-                return self._commit(silo, request, work.tensors)
+                return self.runs.commit(silo, request, work.tensors)
             case GetAdapter():
                 adapter = self.holdings.run(silo, request.run).adapter()
                 return [Reply(silo, Adapter(id=request.id, names=tuple(adapter)), list(adapter.values()))]
             case CloseRun():
-                self.holdings.run(silo, request.run)
-                waiting = self._leave_run(silo, request.run, None)
-                return [*waiting, Reply(silo, Done(id=request.id))]
+                return self.runs.close(silo, request)
         return [Reply(silo, Done(id=request.id))]
 
     def _asked(self) -> set[tuple[bytes, str]]:
@@ -277,32 +287,11 @@ class TrunkService:
         works = self._works.values()
         return {(work.silo, work.header.session) for work in works if isinstance(work.header, Extend)}
 
-    def _commit(self, silo: bytes, request: Commit, tensors: list[Tensor]) -> list[Reply]:
-        run = self.holdings.run(silo, request.run)
-        answers = run.commit(silo, request, named(request.names, tensors))
-        if answers:
-            self.activations.drop_all(request.run)  # What was left of the step is void.
-        return [Reply(member, header, summed) for member, (header, summed) in answers.items()]
-
-    def _leave_run(self, silo: bytes, name: str, gone: str | None) -> list[Reply]:
-        run = self.holdings.runs[name]
-        self.activations.drop_all(name, silo)
-        vain = run.leave(silo, gone)
-        replies = []
-        for member, commit in vain.items():
-            try:
-                run.ledger.check(member)
-            except TrunklineError as error:
-                replies.append(Reply(member, error_header(commit.id, error)))
-        if not run.ledger.members:
-            self.activations.forget(run)
-            self.holdings.close_run(name)
-        return replies
-
     def _gone(self, silo: bytes, header: Gone) -> list[Reply]:
         """Free what a silo held, or what all of them held if the peer frame names none."""
         self._log.say("silo gone", silo=header.name)
         sessions, joined = self.holdings.held_by(silo)
         for key in sessions:
             self.holdings.close_session(*key)
-        return [reply for member, name in joined for reply in self._leave_run(member, name, header.name)]
+        self.runs.forget(silo)
+        return [reply for member, name in joined for reply in self.runs.gone(member, name, header.name)]

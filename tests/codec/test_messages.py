@@ -116,8 +116,10 @@ HEADERS: dict[str, AnyHeader] = {
         plan=PLAN,
         encodings=("raw", "blocks"),
         names=("a",),
+        ticket=bytes(range(16)),
+        seat=bytes(range(16, 32)),
     ),
-    "opened": Opened(id=5, step=9),
+    "opened": Opened(id=5, step=9, ticket=bytes(range(16)), seat=bytes(range(16, 32))),
     "close-session": CloseSession(id=6, session="s"),
     "close-run": CloseRun(id=7, run="r"),
     "done": Done(id=7),
@@ -177,17 +179,21 @@ GOLDEN: dict[str, str] = {
         "33329207cd0240a372617791cd3f00cb00000000000000000096a46266313690a37261779102cb000000000000000000"
     ),
     "open-run": (
-        "038aa46b696e64a86f70656e2d72756ea372756ea172a56d6f64656c85a46e616d65a3612f62ab66696e676572707269"
+        "038ca46b696e64a86f70656e2d72756ea372756ea172a56d6f64656c85a46e616d65a3612f62ab66696e676572707269"
         "6e74a466303064a6626c6f636b731ea668696464656ecd0240a773616d706c65738202a261621ba26364a57374617274"
         "02a473746f701ca4706c616e8ca573696c6f7303a5737465707332a4656e6473a6736861726564a46c6f726183a47261"
         "6e6b04a5616c706861cb4020000000000000a77461726765747392a6715f70726f6aa775705f70726f6aad6c6561726e"
         "696e675f72617465cb3fe0000000000000ac7761726d75705f737465707305a87363686564756c65a6636f73696e65a5"
         "626574617392cb3fe0000000000000cb3fe8000000000000a3657073cb3fc0000000000000ac7765696768745f646563"
         "6179cb3fd0000000000000a9636c69705f6e6f726dcb4000000000000000a47365656407a9656e636f64696e677392a3"
-        "726177a6626c6f636b73a56e616d657391a161a2696405a774656e736f72739196a36633329207cd0240a372617791cd"
+        "726177a6626c6f636b73a56e616d657391a161a67469636b6574c410000102030405060708090a0b0c0d0e0fa4736561"
+        "74c410101112131415161718191a1b1c1d1e1fa2696405a774656e736f72739196a36633329207cd0240a372617791cd"
         "3f00cb000000000000000000"
     ),
-    "opened": "0383a46b696e64a66f70656e6564a47374657009a2696405",
+    "opened": (
+        "0385a46b696e64a66f70656e6564a47374657009a67469636b6574c410000102030405060708090a0b0c0d0e0fa47365"
+        "6174c410101112131415161718191a1b1c1d1e1fa2696405"
+    ),
     "close-session": "0383a46b696e64ad636c6f73652d73657373696f6ea773657373696f6ea173a2696406",
     "close-run": "0383a46b696e64a9636c6f73652d72756ea372756ea172a2696407",
     "done": "0382a46b696e64a4646f6e65a2696407",
@@ -563,12 +569,14 @@ def test_no_list_of_numbers_can_hold_token_ids() -> None:
     assert numbers == LISTS_OF_NUMBERS
 
 
-def test_every_other_field_is_one_number_one_word_of_a_table_or_the_peers_identity() -> None:
+def test_every_other_field_is_one_number_one_word_of_a_table_or_16_secret_bytes() -> None:
     others = {place: leaf for place, leaf in PLACES.items() if place not in NAMES | ERRORS | LISTS_OF_NUMBERS}
     simple = inspect.IntType | inspect.FloatType | inspect.BoolType | inspect.LiteralType
     rest = {place: leaf for place, leaf in others.items() if not isinstance(leaf, simple)}
-    assert rest.keys() == {"attach.peer"}
-    assert (rest["attach.peer"].min_length, rest["attach.peer"].max_length) == (16, 16)
+    assert rest.keys() == {"attach.peer"} | {
+        f"{kind}.{secret}" for kind in ("open-run", "opened") for secret in ("ticket", "seat")
+    }
+    assert all(leaf.max_length == 16 for leaf in rest.values())
 
 
 def test_tensors_are_floating_point_by_schema() -> None:

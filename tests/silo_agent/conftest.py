@@ -32,6 +32,7 @@ from workers.checkpoint import Checkpoint
 from workers.serve import serve
 from workers.service import TrunkService
 from workers.span import Span
+from workers.state import StateStore
 
 QUIET = Noise(NoiseScale())
 Handle = Callable[[TrunkService, Sequence[Parcel]], list[Parcel]]
@@ -111,23 +112,29 @@ class Pool:
         self._links.append(link)
         return link
 
-    def start_worker(self, kv_bytes: int = 1 << 26) -> None:
-        self._work(serve, self.attach_worker(), self._service(kv_bytes), self._stop)
+    def start_worker(self, kv_bytes: int = 1 << 26, store: StateStore | None = None) -> None:
+        self._work(serve, self.attach_worker(), self._service(kv_bytes, store), self._stop)
 
-    def start_moody_worker(self, mood: Callable[[Parcel], list[Parcel] | None]) -> None:
-        """A worker that asks `mood` first: what it answers instead, or None. It leaves on `EOFError`."""
-        link, service = self.attach_worker(), self._service(1 << 26)
+    def start_moody_worker(
+        self,
+        mood: Callable[[Parcel], list[Parcel] | None],
+        store: StateStore | None = None,
+        told: Callable[[Parcel], list[Parcel]] = lambda answer: [answer],
+    ) -> None:
+        """A worker that asks `mood` first: what it answers instead, or None; `told` says what becomes of an
+        answer of its own. It leaves on `EOFError`."""
+        link, service = self.attach_worker(), self._service(1 << 26, store)
 
         def live() -> None:
             while not self._stop.is_set():
                 parcel = link.receive(0.05)
                 try:
                     answers = mood(parcel) if parcel else []
+                    if parcel and answers is None:
+                        answers = [a for own in self._handle(service, [parcel]) for a in told(own)]
                 except EOFError:
                     return link.close()
-                for answer in (
-                    self._handle(service, [parcel]) if parcel and answers is None else answers or ()
-                ):
+                for answer in answers or ():
                     link.send(answer)
             return None
 
@@ -143,10 +150,10 @@ class Pool:
 
         self.start_moody_worker(mood)
 
-    def _service(self, kv_bytes: int) -> TrunkService:
+    def _service(self, kv_bytes: int, store: StateStore | None = None) -> TrunkService:
         checkpoint = self._tiny.checkpoint
         span = Span(checkpoint, Blocks(0, checkpoint.blocks))
-        return TrunkService(span, checkpoint.card(range(checkpoint.blocks)), kv_bytes)
+        return TrunkService(span, checkpoint.card(range(checkpoint.blocks)), kv_bytes, store=store)
 
     def _work(self, target: Callable[..., None], *arguments: Any) -> None:
         work = threading.Thread(target=target, args=arguments, daemon=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codec.errors import DataError
-from silo_agent.microbatch import Example, batches, pack_examples
+from silo_agent.microbatch import Example, Steps, batches, pack_examples
 
 EXAMPLES = st.lists(
     st.lists(st.tuples(st.integers(0, 500), st.booleans()), min_size=1, max_size=8), min_size=1, max_size=5
@@ -78,3 +78,12 @@ def test_the_examples_themselves_stay_in_order() -> None:
 def test_no_example_at_all_is_an_error_and_not_an_endless_search() -> None:
     with pytest.raises(DataError, match="no example"):
         next(batches([], 2, seed=0))
+
+
+def test_the_micro_batches_of_a_step_are_the_same_whenever_they_are_asked_for() -> None:
+    source = batches(numbered(7), 2, 5)
+    expected = [[next(source).ids.tolist() for _ in range(3)] for _ in range(6)]
+    steps = Steps(numbered(7), 2, 3, 5)
+    for step in (0, 1, 2, 1, 5, 4, 0, 3):
+        assert [batch.ids.tolist() for batch in steps[step]] == expected[step]
+    assert steps[3] is steps[3], "a step that was prepared is known again"

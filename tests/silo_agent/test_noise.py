@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from codec.errors import UsageError
-from silo_agent.noise import Noise, NoiseScale, system_normal
+from silo_agent.noise import Noise, NoiseScale, repeatable, system_normal
 
 HIDDEN = 3 + 2 * torch.randn(400, 1024, generator=torch.Generator().manual_seed(0))
 """A boundary of mean 3 and standard deviation 2: a sigma in units of anything else would show."""
@@ -162,3 +162,33 @@ def test_noise_that_cannot_be(options: dict[str, float]) -> None:
 def test_a_seed_over_64_bits() -> None:
     with pytest.raises(UsageError, match="64-bit"), pytest.warns(UserWarning, match="fixed"):
         Noise(NoiseScale(relative=0.1), seed=1 << 70)
+
+
+def test_the_same_place_has_the_same_noise_and_every_other_another() -> None:
+    noise, hidden = Noise(NoiseScale(absolute=1.0)), torch.zeros(50, 64)
+    secret = noise.secret()
+    places = [(secret, 0, 0), (secret, 0, 1), (secret, 1, 0), (secret, 256, 0), (noise.secret(), 0, 0)]
+    first, again = ([noise.add(hidden, repeatable(*place)) for place in places] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for at, one in enumerate(first):
+        assert float(one.mean()) == pytest.approx(0, abs=5 / math.sqrt(one.numel()))
+        assert float(one.std()) == pytest.approx(1, rel=5 / math.sqrt(2 * one.numel()))
+        for other in first[:at]:
+            assert abs(float((one * other).mean())) < 5 / math.sqrt(one.numel())
+
+
+def test_its_secret_is_new_each_time_but_with_a_fixed_seed() -> None:
+    assert len({Noise(NoiseScale()).secret() for _ in range(3)}) == 3
+    fixed = [Noise(NoiseScale(), seed=seed).secret() for seed in (3, 3, 4)]
+    assert fixed[0] == fixed[1] != fixed[2]
+
+
+def test_moments_that_are_set_back_give_the_same_noise_again() -> None:
+    noise = Noise(NoiseScale(relative=0.1))
+    noise.add(HIDDEN)
+    before, secret = noise.moments, noise.secret()
+    other = 5 * HIDDEN[:40]
+    first = noise.add(other, repeatable(secret, 0, 0))
+    assert noise.moments != before
+    noise.moments = before
+    assert torch.equal(noise.add(other, repeatable(secret, 0, 0)), first)

@@ -64,9 +64,9 @@ def test_window_micro_batches_are_in_flight(bare_pool: Any, random_batches: Batc
     most = 0
     start = trainer._start
 
-    def counted(batch: MicroBatch) -> None:
+    def counted(index: int, batch: MicroBatch) -> None:
         nonlocal most
-        start(batch)
+        start(index, batch)
         most = max(most, len(trainer._flights))
 
     trainer._start = counted
@@ -184,10 +184,10 @@ def prepared_before_the_answer(pool: Any, trainer: Trainer) -> list[MicroBatch]:
     """Fills with the micro-batches whose heads run between a commit and its answer."""
     prepare, early = trainer._prepare, []
 
-    def noted(batch: MicroBatch) -> Any:
+    def noted(batch: MicroBatch, *place: int) -> Any:
         if not trainer._flights and trainer._remote._waiting:
             early.append(batch)
-        return prepare(batch)
+        return prepare(batch, *place)
 
     trainer._prepare = noted  # type: ignore[method-assign]
     return early

@@ -451,12 +451,13 @@ def test_sessions_that_come_and_go_do_not_disturb_a_backward(busy: Office) -> No
     opening = busy.session(session="n", adapter=LORA, names=tuple(good))
 
     def step(disturb: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        out = busy.compute(NORTH, forward(0, 3), [hidden(3)])
+        number = int(disturb)
+        out = busy.compute(NORTH, forward(number, 3), [hidden(3)])
         if disturb:
             assert isinstance(busy.ask(EAST, opening, list(good.values())), Opened)
             busy.compute(EAST, extend([0], [0], [2], "n"), [hidden(2)])
             assert isinstance(busy.ask(EAST, CloseSession(session="n")), Done)
-        gradient = busy.compute(NORTH, Backward(run="r", microbatch=0), [torch.ones_like(out)])
+        gradient = busy.compute(NORTH, Backward(run="r", microbatch=number), [torch.ones_like(out)])
         run = busy.service.holdings.runs["r"]
         grads = {name: p.grad.clone() for name, p in run.parameters.items() if p.grad is not None}
         for parameter in run.parameters.values():
@@ -476,7 +477,7 @@ def test_a_step_is_answered_to_every_silo(busy: Office) -> None:
         out = busy.compute(silo, forward(0, 2), [hidden(2)])
         busy.compute(silo, Backward(run="r", microbatch=0), [torch.ones_like(out)])
     assert busy.tell(NORTH, commit(loss_tokens=1, square_norm=9.0)) == []
-    again = busy.ask(NORTH, commit())
+    again = busy.ask(NORTH, commit(loss_tokens=2))
     assert (again.code, again.side) == ("protocol", "silo")
     answers = busy.tell(SOUTH, commit(loss_tokens=3, square_norm=16.0))
     assert [parcel.peer for parcel in answers] == [NORTH, SOUTH]
@@ -486,15 +487,17 @@ def test_a_step_is_answered_to_every_silo(busy: Office) -> None:
     assert first.id < second.id
     assert (first.step, first.divisor) == (second.step, second.divisor) == (0, 4.0)
     assert first.grad_norm == second.grad_norm > (25.0**0.5) / 4
-    assert busy.ask(NORTH, commit(0)).code == "protocol"
+    again = busy.ask(NORTH, commit(0))
+    assert msgspec.structs.replace(again, id=first.id) == first, "who asks again is told again"
+    assert busy.ask(NORTH, commit(2)).code == "protocol"
 
 
 def test_a_gradient_that_is_not_finite_takes_no_step_and_all_hear_it(busy: Office) -> None:
     before = received(busy.tell(NORTH, GetAdapter(run="r"))[0])
-    for _ in range(3):
-        out = busy.compute(NORTH, forward(0, 2), [hidden(2)])
+    for number in range(3):
+        out = busy.compute(NORTH, forward(number, 2), [hidden(2)])
         big = torch.full_like(out, 1e38)
-        busy.tell(NORTH, Backward(run="r", microbatch=0, wants_gradient=False), [big])
+        busy.tell(NORTH, Backward(run="r", microbatch=number, wants_gradient=False), [big])
     assert busy.tell(NORTH, commit()) == []
     answers = busy.tell(SOUTH, commit())
     assert [parcel.peer for parcel in answers] == [NORTH, SOUTH]
@@ -606,10 +609,10 @@ def test_a_silo_that_goes_mid_step_is_told_to_those_who_wait(busy: Office) -> No
     (parcel,) = busy.gone(SOUTH)
     assert parcel.peer == NORTH
     assert isinstance(parcel.header, Error)
-    assert (parcel.header.code, parcel.header.side) == ("unavailable", "silo")
+    assert (parcel.header.code, parcel.header.side) == ("ended", "silo")
     assert "silo 'south' left the run at step 0" in parcel.header.what
     for request, tensors in ((forward(1, 1), [hidden(1)]), (commit(), [])):
-        assert busy.ask(NORTH, request, tensors).code == "unavailable"
+        assert busy.ask(NORTH, request, tensors).code == "ended"
     assert busy.open_run(SOUTH).code == "unavailable", "nobody joins what cannot go on"
     busy.gone(NORTH)
     assert isinstance(busy.open_run(SOUTH), Opened), "a new run of the same name"
@@ -620,7 +623,7 @@ def test_a_silo_that_closes_mid_run_is_told_to_those_who_wait(busy: Office) -> N
     waiting, done = busy.tell(SOUTH, CloseRun(run="r"))
     assert (waiting.peer, done.peer) == (NORTH, SOUTH)
     assert isinstance(waiting.header, Error)
-    assert (waiting.header.code, waiting.header.side) == ("unavailable", "silo")
+    assert (waiting.header.code, waiting.header.side) == ("ended", "silo")
     assert "left the run at step 0" in waiting.header.what
     assert isinstance(done.header, Done)
 
