@@ -6,7 +6,6 @@ READY  := $(VENV)/.ready
 FRAMES ?= 1000000
 MINUTES ?= 2
 SEED   ?= 0
-CHAOS  ?= --no-train
 
 .PHONY: demo test lint fuzz chaos bench clean
 
@@ -34,7 +33,7 @@ fuzz: $(READY)
 
 # Processes die, stop and are cut off, and nothing is lost or wrong; `make chaos MINUTES=15 SEED=7`.
 chaos: $(READY)
-	$(BIN)/trunkline bench chaos --minutes $(MINUTES) --seed $(SEED) $(CHAOS)
+	$(BIN)/trunkline bench chaos --minutes $(MINUTES) --seed $(SEED)
 
 bench: $(READY)
 	$(BIN)/trunkline bench parity --model smollm2-135m --head 2 --tail 2

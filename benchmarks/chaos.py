@@ -23,10 +23,6 @@ from codec.partition import Partition
 from silo_agent.processes import Processes
 from workers.checkpoint import Checkpoint
 
-FAILOVER = True
-"""Whether runs survive their worker, their broker and their silo: then workers are given `--state`, and the
-training silo is killed too and goes on with `--resume`."""
-
 _EXCHANGES = 16
 _FINISH_S = 180.0
 """For what is under way when the plan ends."""
@@ -54,9 +50,7 @@ def measure(settings: Settings, progress: Progress) -> dict[str, Any]:
         # The noise is repeated on purpose: that it is the same bytes again is what the tokens show.
         warnings.filterwarnings("ignore", message="a fixed noise seed")
         folder = Path(scratch)
-        cast = Cast(
-            settings.model, settings.workers, settings.silence, folder / "state" if FAILOVER else None
-        )
+        cast = Cast(settings.model, settings.workers, settings.silence, folder / "state")
         progress("starting")
         with Processes(folder / "logs") as processes, Stage(processes, cast, settings.seed) as stage:
             return _disturbed(settings, processes, stage, folder, progress)
@@ -77,7 +71,7 @@ def _disturbed(
     ]
     if settings.train:
         progress("training undisturbed")
-        run = Run(settings.model, settings.cut, settings.steps, FAILOVER)
+        run = Run(settings.model, settings.cut, settings.steps)
         training = Training(processes, stage, run, folder, tally)
         lives.append(threading.Thread(target=training.live, args=(training.rehearse(), stop)))
     for life in lives:
@@ -89,7 +83,7 @@ def _disturbed(
         seconds,
         every=settings.every,
         workers=settings.workers,
-        trainer=settings.train and FAILOVER,
+        trainer=settings.train,
     )
     stage.perform(disturbances, seconds, progress)
     stop.set()

@@ -31,12 +31,12 @@ _LIVELY_S = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Who is on the stage. With `state`, a directory, workers keep there how far runs are."""
+    """Who is on the stage. Workers keep in the directory `state` how far runs are."""
 
     model: str
     workers: int
     silence: float
-    state: Path | None
+    state: Path
 
 
 @dataclass(slots=True)
@@ -203,7 +203,7 @@ class Stage:
     def _worker(self, name: str) -> tuple[str, ...]:
         link, state = self._links[name].endpoint, self._cast.state
         options = ("--broker", link, "--model", self._cast.model, "--name", name, "--drain", str(_DRAIN_S))
-        return ("worker", *options, "--patience", "600", *(("--state", str(state)) if state else ()))
+        return ("worker", *options, "--patience", "600", "--state", str(state))
 
 
 def _free_port(dice: random.Random) -> int:

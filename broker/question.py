@@ -45,8 +45,9 @@ def ask_pool(endpoint: str, timeout: float, keys: LinkKeys | None = None) -> Poo
                 ready = dict(poller.poll(int(left * 1000) + 1))
                 if socket in ready and (pool := _answer(socket)) is not None:
                     return pool
-                if watch.events in ready and (failures := watch.failures()):
-                    raise RefusedError(f"the broker at {endpoint} lets this side not in: {_WHY[failures[0]]}")
+                failures = watch.failures() if watch.events in ready else []
+                if why := next((_WHY[failure] for failure in failures if failure in _WHY), None):
+                    raise RefusedError(f"the broker at {endpoint} lets this side not in: {why}")
     raise LinkError(
         f"no broker answered at {endpoint} within {timeout:g} s",
         hint=f"Start one (trunkline broker --listen {endpoint}), or check --broker.",
