@@ -7,7 +7,6 @@ everyone who waits for it. When a request goes on, its worker's inbox decides (`
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import cast, get_args
 
 from msgspec import Struct
@@ -16,6 +15,8 @@ from broker.ask import cost
 from broker.chain import Errand
 from broker.parcel import Parcel, error_parcel
 from broker.pool import Worker, alias_of, check_attach, common_encodings
+from broker.quota import Attaches
+from broker.quota import Limits as Limits
 from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
 from codec.errors import LinkError, ProtocolError, TrunklineError, UnavailableError
@@ -49,23 +50,14 @@ class Send(Struct, frozen=True):
     parcel: Parcel
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Quotas and deadlines. `silence` seconds without a sign of life and a peer is gone."""
-
-    heartbeat: float = 1.0
-    silence: float = 10.0
-    requests: int = 1024
-    bytes: int = 1 << 30
-
-
 class Router:
     """The broker's state machine."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.peers: dict[bytes, Silo | Worker] = {}
-        self.registry = Registry()
+        self.registry = Registry(self.limits)
+        self._attaches = Attaches()
 
     def handle(self, route: bytes, parcel: Parcel, now: float) -> list[Send]:
         """Decide on one message that arrived on `route`. Never raises; errors become answers."""
@@ -87,6 +79,7 @@ class Router:
 
     def tick(self, now: float) -> list[Send]:
         """Forget peers that fell silent."""
+        self._attaches.forget_full(now)
         silent = [p for p in self.peers.values() if now - p.last_heard > self.limits.silence]
         return [send for peer in silent for send in self._forget(peer)]
 
@@ -99,6 +92,7 @@ class Router:
 
     def _attach(self, route: bytes, attach: Attach, now: float) -> list[Send]:
         check_attach(attach)
+        self._attaches.check(attach.name if self.registry.keyed else route, self.limits, now)
         alias = alias_of(attach.peer)
         before = self.registry.silos.get(alias) or self.registry.workers.get(alias)
         if before is not None and before.role != attach.role:
@@ -107,7 +101,7 @@ class Router:
         other = self.peers.get(route)
         sends = self._forget(other) if other and other is not before else []
         # The same secret identity on a new connection: what it has comes along.
-        peer = before or self.registry.admit(alias, attach.role)
+        peer = before or self.registry.admit(alias, attach.role, attach.name)
         moved = before is not None and before.route != route
         self.peers.pop(peer.route, None)
         self.peers[route] = peer
@@ -123,7 +117,7 @@ class Router:
         sends.append(Send(route, Parcel.of(welcome)))
         if isinstance(peer, Worker):
             if moved:
-                peer.inbox.renew()
+                _renew(peer)
             sends += self._released(peer)
         return sends
 
@@ -144,6 +138,8 @@ class Router:
 
     def _silo_gone(self, silo: Silo) -> Iterator[Send]:
         del self.registry.silos[silo.alias]
+        silo.account.silos.remove(silo)
+        asked = list(silo.pending.values())
         silo.pending.clear()
         holds = list(silo.holds())
         for hold in silo.sessions.values():
@@ -156,12 +152,18 @@ class Router:
             if worker.inbox.withdraw(silo.alias) or worker in told:
                 yield Send(worker.route, Parcel.of(Gone(name=silo.name), peer=silo.alias))
                 yield from self._released(worker)
+        for pending in asked:
+            # What a worker has is still in the way of others: who comes back has not got rid of it.
+            owed = self.registry.owed(silo.alias, pending.number)
+            if pending.dated or pending.hold.chain is not None or not owed:
+                pending.settle()
 
     def _worker_gone(self, worker: Worker) -> Iterator[Send]:
         del self.registry.workers[worker.alias]
         self.registry.runs = {run: home for run, home in self.registry.runs.items() if home is not worker}
         error = UnavailableError(f"worker {worker.name!r} left before it answered", hint=START_AGAIN)
         for pending in list(worker.inbox):
+            pending.settle()
             if pending.silo.take(pending):
                 yield Send(pending.silo.route, error_parcel(pending.number, error))
         for silo in self.registry.silos.values():
@@ -191,14 +193,15 @@ class Router:
 
     def _request(self, silo: Silo, header: Request, parcel: Parcel) -> list[Send]:
         number, size = header.id, parcel.size
-        silo.check(number, size, self.limits.requests, self.limits.bytes)
+        silo.check(number)
+        silo.account.check_request(size, self.limits)
         hold = self.registry.hold(silo, header)
         kind = type(header)
         opens = cast("OpenSession | OpenRun", header) if kind in _OPENS else None
         rank, tokens = cost(header)
         pending = Pending(hold.flow, number, rank, tokens, silo=silo, hold=hold, size=size, opens=opens)
         silo.pending[number] = pending
-        silo.pending_bytes += size
+        pending.charge()
         if hold.chain is not None:
             return self._ask_stages(silo, hold, hold.chain.put(parcel))
         if kind in _CLOSES:
@@ -235,6 +238,7 @@ class Router:
             sends = self._stage_answered(worker, silo, hold, parcel)
         else:
             sends = []  # Nobody waits for it any more.
+            pending.settle()
             if (now := self.registry.silos.get(silo.alias)) and not self.registry.owed(silo.alias, number):
                 now.owed.discard(number)
         if worker.inbox.waiting:
@@ -268,6 +272,16 @@ class Router:
 
 def _sends(worker: Worker, going: Iterable[Pending]) -> list[Send]:
     return [Send(worker.route, pending.leaves()) for pending in going]
+
+
+def _renew(worker: Worker) -> None:
+    """The worker is on a new connection, and what went over the old one may be lost."""
+    for pending in worker.inbox:
+        if pending.parcel is None:
+            pending.dated = True
+            if pending.silo.pending.get(pending.number) is not pending:
+                pending.settle()
+    worker.inbox.renew()
 
 
 def _stranger(route: bytes, header: AnyHeader) -> Iterator[Send]:

@@ -160,9 +160,10 @@ class Activations:
         """A run is over."""
         self._per_block.pop(run.key, None)
 
-    def drop_all(self, run: str, silo: bytes | None = None) -> None:
+    def drop_all(self, run: TrunkRun, silo: bytes | None = None) -> None:
         """Forget a run's micro-batches, or one silo's of it."""
-        for key in [key for key in self._kept if key[1] == run and silo in (None, key[0])]:
+        kept = self._kept.items()
+        for key in [key for key, one in kept if one.batch.run is run and silo in (None, key[0])]:
             self.drop(key)
 
     def _graph_bytes(self, batch: MicroBatch) -> int:

@@ -1,6 +1,7 @@
 """What the silos hold at a worker: sessions and runs, opened, found and given back by name.
 
-A name belongs to the silo that opened it; a run belongs to the silos that joined it.
+A name belongs to the silo that opened it; a run belongs to the silos that joined it, and only they
+reach it by its name.
 """
 
 import time
@@ -9,6 +10,7 @@ from itertools import count
 
 from torch import Tensor
 
+from broker.ask import RunKey
 from codec import partition
 from codec.errors import MismatchError, ProtocolError, UnknownNameError
 from codec.messages import OpenRun, OpenSession
@@ -32,7 +34,7 @@ class Holdings:
         self.memory = KVMemory(kv_bytes)
         self.memory.make_room = self._evict
         self._sessions: dict[tuple[bytes, str], TrunkSession] = {}
-        self.runs: dict[str, TrunkRun] = {}
+        self.runs: dict[RunKey, TrunkRun] = {}
         self._keys = count()
         self.asked: Callable[[], Container[tuple[bytes, str]]] = set
         """Sessions that a request waits for; they are not idle."""
@@ -51,8 +53,8 @@ class Holdings:
 
     def run(self, silo: bytes, name: str) -> TrunkRun:
         """Raises `UnknownNameError` for what this silo has not joined."""
-        run = self.runs.get(name)
-        if run is None or silo not in run.ledger.members:
+        run = self._joined(silo, name)
+        if run is None:
             raise UnknownNameError(f"you have no run {name!r} open")
         return run
 
@@ -87,26 +89,40 @@ class Holdings:
         del self._sessions[silo, name]
 
     def open_run(self, silo: bytes, request: OpenRun, tensors: list[Tensor]) -> TrunkRun:
-        """Join a run, which is made if nobody has. Raises `MismatchError` and what joining raises."""
+        """Join a run, which is made if nobody has. Raises `MismatchError` and what joining raises.
+
+        That the silo is one of the plan's members is the broker's to check: it knows names.
+        """
         self._check_model(request)
+        key = request.plan.members, request.run
+        if (joined := self._joined(silo, request.run)) is not None and joined is not self.runs.get(key):
+            raise MismatchError(f"you are in a run {request.run!r} of other members")
         blocks = partition.Span(request.start, request.stop)
         initial = named(request.names, tensors)
-        run = self.runs.get(request.run)
+        run = self.runs.get(key)
         if run is None:
             run = TrunkRun(self._span, f"a{next(self._keys)}", request.plan, blocks, initial, self._busy)
-            self.runs[request.run] = run
+            self.runs[key] = run
         run.join(silo, request.plan, blocks, initial)
         return run
 
-    def close_run(self, name: str) -> None:
+    def close_run(self, run: TrunkRun) -> None:
         """Free a run that nobody is in any more."""
-        self.runs.pop(name).close()
+        self.runs = {key: other for key, other in self.runs.items() if other is not run}
+        run.close()
 
     def held_by(self, silo: bytes) -> tuple[list[tuple[bytes, str]], list[tuple[bytes, str]]]:
         """Its sessions, and its memberships in runs, as (silo, name); everybody's if it is empty."""
         sessions = [key for key in self._sessions if silo in (key[0], b"")]
-        joined = [(m, n) for n, run in self.runs.items() for m in run.ledger.members if silo in (m, b"")]
+        joined = [
+            (m, name) for (_, name), run in self.runs.items() for m in run.ledger.members if silo in (m, b"")
+        ]
         return sessions, joined
+
+    def _joined(self, silo: bytes, name: str) -> TrunkRun | None:
+        """Of all runs of this name the one that the silo is in."""
+        found = (run for (_, n), run in self.runs.items() if n == name and silo in run.ledger.members)
+        return next(found, None)
 
     def _evict(self, missing: int) -> None:
         """Close sessions that were idle longest and whose silos can send everything again.

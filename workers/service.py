@@ -281,12 +281,12 @@ class TrunkService:
         run = self.holdings.run(silo, request.run)
         answers = run.commit(silo, request, named(request.names, tensors))
         if answers:
-            self.activations.drop_all(request.run)  # What was left of the step is void.
+            self.activations.drop_all(run)  # What was left of the step is void.
         return [Reply(member, header, summed) for member, (header, summed) in answers.items()]
 
     def _leave_run(self, silo: bytes, name: str, gone: str | None) -> list[Reply]:
-        run = self.holdings.runs[name]
-        self.activations.drop_all(name, silo)
+        run = self.holdings.run(silo, name)
+        self.activations.drop_all(run, silo)
         vain = run.leave(silo, gone)
         replies = []
         for member, commit in vain.items():
@@ -296,7 +296,7 @@ class TrunkService:
                 replies.append(Reply(member, error_header(commit.id, error)))
         if not run.ledger.members:
             self.activations.forget(run)
-            self.holdings.close_run(name)
+            self.holdings.close_run(run)
         return replies
 
     def _gone(self, silo: bytes, header: Gone) -> list[Reply]:

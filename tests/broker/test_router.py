@@ -391,7 +391,7 @@ def test_a_workers_death_is_told_to_all_who_wait_and_once(desk: Any, how: str) -
     assert not any(isinstance(h, Error) for silo in silos for h in silo.read())
     states = [desk.router.registry.silos[silo.alias] for silo in silos]
     assert [list(state.pending) for state in states] == [[], [4], []]
-    assert [state.pending_bytes for state in states] == [0, 0, 0]
+    assert [state.account.bytes for state in states] == [0, 0, 0]
 
 
 def test_what_left_with_a_worker_is_told_until_it_is_opened_again(desk: Any) -> None:

@@ -271,9 +271,9 @@ class Routing(RuleBasedStateMachine):
     @rule(silo=silos, name=names, span=spans, size=sizes)
     def open_run(self, silo: int, name: str, span: tuple[int, int], size: int) -> None:
         blocks = {"start": span[0], "stop": span[1]}
-        number, before = self.number(silo), self.router.registry.runs.get(name)
+        number, before = self.number(silo), self.router.registry.runs.get(((), name))
         self.ask(silo, OpenRun(id=number, run=name, model=CARD, plan=RunPlan(silos=2), **blocks), size)
-        home = self.router.registry.runs.get(name)
+        home = self.router.registry.runs.get(((), name))
         assert home is before or not home.draining
 
     @rule(
@@ -372,12 +372,11 @@ class Routing(RuleBasedStateMachine):
                 assert set(pending.hold.workers) <= set(self.router.registry.workers.values())
 
     @invariant()
-    def waiting_bytes_are_those_of_what_waits(self) -> None:
+    def quotas_are_kept(self) -> None:
         for state in self.router.registry.silos.values():
-            assert state.pending_bytes == sum(pending.size for pending in state.pending.values())
-            assert 0 <= state.pending_bytes <= 130
-            assert len(state.pending) <= 6
-            assert state.pending or state.pending_bytes == 0
+            assert state.account.bytes == sum(pending.size for pending in state.pending.values())
+            assert state.account.requests == len(state.pending) <= 6
+            assert 0 <= state.account.bytes <= 130
 
     @invariant()
     def load_is_what_a_worker_holds(self) -> None:
@@ -389,11 +388,12 @@ class Routing(RuleBasedStateMachine):
 
     @invariant()
     def a_run_has_members_and_they_one_home(self) -> None:
-        joined: dict[str, set[object]] = {}
+        joined: dict[object, set[object]] = {}
         for state in self.router.registry.silos.values():
-            for run, hold in state.runs.items():
+            for name, hold in state.runs.items():
+                assert hold.run[1] == name
                 if not hold.lost:
-                    joined.setdefault(run, set()).add(hold.worker)
+                    joined.setdefault(hold.run, set()).add(hold.worker)
         assert joined == {run: {home} for run, home in self.router.registry.runs.items()}
 
     @invariant()

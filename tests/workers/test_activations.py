@@ -115,7 +115,7 @@ def test_a_silo_that_leaves_takes_its_part_out_of_the_group(span: Span, runs: Ru
     _, inputs, _ = alone(span, runs)
     store, batches = Activations(span, AMPLE), work(runs)
     store.forward(batches)
-    store.drop_all("first", SOUTH)
+    store.drop_all(runs["first"], SOUTH)
     back = store.backward([gradient(batches[0]), gradient(batches[2])])
     assert_close(back, [inputs[0], inputs[2]])
     with pytest.raises(UnknownNameError, match="no micro-batch 1 of yours"):
