@@ -6,19 +6,21 @@ reach it by its name.
 
 import time
 from collections.abc import Callable, Container, Mapping
+from functools import partial
 from itertools import count
 
 from torch import Tensor
 
 from broker.ask import RunKey
 from codec import partition
-from codec.errors import MismatchError, ProtocolError, UnknownNameError
+from codec.errors import LimitError, MismatchError, ProtocolError, UnknownNameError
 from codec.messages import OpenRun, OpenSession
 from codec.plan import ModelCard
 from workers.busy import Busy
 from workers.kv import KVMemory
 from workers.run import TrunkRun
 from workers.session import TrunkSession
+from workers.share import Share
 from workers.span import Span
 
 _IDLE_S = 5.0
@@ -28,11 +30,12 @@ _IDLE_S = 5.0
 class Holdings:
     """Sessions and runs over one hosted span."""
 
-    def __init__(self, span: Span, card: ModelCard, kv_bytes: int, busy: Busy) -> None:
-        """`kv_bytes` bounds the KV caches of all sessions together."""
+    def __init__(self, span: Span, card: ModelCard, kv_bytes: int, kv_share: int, busy: Busy) -> None:
+        """`kv_bytes` bounds the KV caches of all sessions; `kv_share` of them are each silo's own."""
         self._span, self._card, self._busy = span, card, busy
         self.memory = KVMemory(kv_bytes)
-        self.memory.make_room = self._evict
+        self._kv_share = kv_share
+        self._shares: dict[bytes, Share] = {}
         self._sessions: dict[tuple[bytes, str], TrunkSession] = {}
         self.runs: dict[RunKey, TrunkRun] = {}
         self._keys = count()
@@ -67,26 +70,31 @@ class Holdings:
         if request.names and request.adapter is None:
             raise ProtocolError("tensors came without the adapter they belong to")
         adapter, before = named(request.names, tensors), self._sessions.get((silo, request.session))
+        share = self._share(silo)
         mine = before.bytes if before else 0
-        self.memory.held -= mine  # It will be free; and if the new one is refused, it is as it was.
+        share.held -= mine  # It will be free; and if the new one is refused, it is as it was.
         if before is not None:
             before.running = True
         try:
+            self._check_share(share, request)
             session = TrunkSession(
-                self._span, f"a{next(self._keys)}", request, adapter, self.memory, time.monotonic()
+                self._span, f"a{next(self._keys)}", request, adapter, share, time.monotonic()
             )
         finally:
-            self.memory.held += mine
+            share.held += mine
             if before is not None:
                 before.running = False
         if before is not None:
             before.close()
         self._sessions[silo, request.session] = session
+        self._shares[silo] = share
 
     def close_session(self, silo: bytes, name: str) -> None:
         """Free a session. Raises `UnknownNameError`."""
         self.session(silo, name).close()
         del self._sessions[silo, name]
+        if not self._shares[silo].held:
+            del self._shares[silo]
 
     def open_run(self, silo: bytes, request: OpenRun, tensors: list[Tensor]) -> TrunkRun:
         """Join a run, which is made if nobody has. Raises `MismatchError` and what joining raises.
@@ -124,25 +132,50 @@ class Holdings:
         found = (run for (_, n), run in self.runs.items() if n == name and silo in run.ledger.members)
         return next(found, None)
 
-    def _evict(self, missing: int) -> None:
-        """Close sessions that were idle longest and whose silos can send everything again.
+    def _share(self, silo: bytes) -> Share:
+        """What is this silo's own of the memory."""
+        share = self._shares.get(silo)
+        if share is None:
+            share = Share(self.memory, self._kv_share)
+            share.make_room = partial(self._evict, share)
+        return share
+
+    def _check_share(self, share: Share, request: OpenSession) -> None:
+        """Raises `LimitError` if memory that cannot be taken back would be borrowed."""
+        if request.replays:
+            return
+        shape = self._span.kv_shape(partition.Span(request.start, request.stop))
+        needed, free = shape.bytes_for(request.rows * request.capacity), max(0, share.budget - share.held)
+        if needed > free:
+            raise LimitError(
+                f"{needed / (1 << 20):.3g} MiB of KV cache are needed, {free / (1 << 20):.3g} of this "
+                "silo's share are free (--kv-per-silo)",
+                side="worker",
+                hint="Ask for fewer rows or tokens, close a session, or start the worker with more.",
+            )
+
+    def _evict(self, asking: Share, missing: int) -> None:
+        """Close sessions whose silos can send everything again: those that were idle longest, and then,
+        if what is asked for is the silo's own, those for which others have borrowed.
 
         None is closed if all of them together would not do.
         """
         quiet, asked = time.monotonic() - _IDLE_S, self.asked()
-        idle = {
-            key: session
-            for key, session in self._sessions.items()
-            if session.replays and not session.running and session.used < quiet and key not in asked
-        }
-        if sum(session.bytes for session in idle.values()) < missing:
-            return
-        until = self.memory.held - missing
-        for key in sorted(idle, key=lambda key: idle[key].used):
-            if self.memory.held <= until:
-                return
-            self.close_session(*key)
-            self.evicted += 1
+        borrowed = {silo: share.borrowed for silo, share in self._shares.items()}
+        ready = {k: one for k, one in self._sessions.items() if one.replays and not one.running}
+        busy = {key for key, session in ready.items() if session.used >= quiet or key in asked}
+        leaving, found = [], 0
+        for key in sorted(ready, key=lambda key: (key in busy, ready[key].used)):
+            if found >= missing:
+                break
+            if key not in busy or (asking.held < asking.budget and borrowed[key[0]] > 0):
+                leaving.append(key)
+                found += ready[key].bytes
+                borrowed[key[0]] -= ready[key].bytes
+        if found >= missing:
+            for key in leaving:
+                self.close_session(*key)
+                self.evicted += 1
 
     def _check_model(self, request: OpenSession | OpenRun) -> None:
         if why := self._card.differs_from(request.model):

@@ -57,14 +57,22 @@ class TrunkService:
     """Sessions and runs over one hosted span. Names belong to the silo that opened them."""
 
     def __init__(
-        self, span: Span, card: ModelCard, kv_bytes: int, activation_bytes: int = ACTIVATION_BYTES
+        self,
+        span: Span,
+        card: ModelCard,
+        kv_bytes: int,
+        activation_bytes: int = ACTIVATION_BYTES,
+        *,
+        kv_share: int | None = None,
+        activation_share: int | None = None,
     ) -> None:
-        """Bounds on the KV caches of all sessions, and on what waits between forward and backward."""
+        """Bounds on the KV caches of all sessions, and on what waits between forward and backward; and
+        how much of either is each silo's own, all of it by default."""
         self._span, self._card = span, card
         self.busy = Busy(span.device)
-        self.holdings = Holdings(span, card, kv_bytes, self.busy)
+        self.holdings = Holdings(span, card, kv_bytes, kv_share or kv_bytes, self.busy)
         self.holdings.asked = self._asked
-        self.activations = Activations(span, activation_bytes)
+        self.activations = Activations(span, activation_bytes, activation_share or activation_bytes)
         self._agenda = Agenda(joint_tokens=span.filling)
         self._works: dict[Job, Work] = {}
         self.answered_bytes = 0

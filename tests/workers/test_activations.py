@@ -76,7 +76,7 @@ def grads(runs: Runs) -> list[Tensor]:
 
 def alone(span: Span, runs: Runs) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Outputs, gradients at the inputs, and adapters' gradients, one micro-batch after another."""
-    store, outputs, inputs = Activations(span, AMPLE), [], []
+    store, outputs, inputs = Activations(span, AMPLE, AMPLE), [], []
     for one in work(runs):
         outputs += store.forward([one])
         inputs += store.backward([gradient(one)])
@@ -93,7 +93,7 @@ def assert_close(found: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> No
 @pytest.mark.parametrize("order", [[[0, 1, 2]], [[0], [1], [2]], [[2, 0], [1]]], ids=str)
 def test_together_is_as_alone(span: Span, runs: Runs, budget: int, order: list[list[int]]) -> None:
     outputs, inputs, adapters = alone(span, runs)
-    store, batches = Activations(span, AMPLE), work(runs)
+    store, batches = Activations(span, AMPLE, AMPLE), work(runs)
     if budget < AMPLE:
         store.forward([batch(runs, NORTH, "first", 9, 1)])  # What activations take is known now.
         store.drop((NORTH, "first", 9))
@@ -113,7 +113,7 @@ def test_together_is_as_alone(span: Span, runs: Runs, budget: int, order: list[l
 
 def test_a_silo_that_leaves_takes_its_part_out_of_the_group(span: Span, runs: Runs) -> None:
     _, inputs, _ = alone(span, runs)
-    store, batches = Activations(span, AMPLE), work(runs)
+    store, batches = Activations(span, AMPLE, AMPLE), work(runs)
     store.forward(batches)
     store.drop_all(runs["first"], SOUTH)
     back = store.backward([gradient(batches[0]), gradient(batches[2])])
@@ -126,7 +126,7 @@ def test_a_silo_that_leaves_takes_its_part_out_of_the_group(span: Span, runs: Ru
 
 def test_a_step_of_one_run_does_not_spoil_another_that_went_forward_with_it(span: Span, runs: Runs) -> None:
     _, inputs, _ = alone(span, runs)
-    store, batches = Activations(span, AMPLE), work(runs)
+    store, batches = Activations(span, AMPLE, AMPLE), work(runs)
     store.forward(batches)
     store.backward([gradient(batches[0]), gradient(batches[1])])
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_a_step_of_one_run_does_not_spoil_another_that_went_forward_with_it(span
 
 
 def test_sent_again_it_begins_anew(span: Span, runs: Runs) -> None:
-    store, one = Activations(span, AMPLE), batch(runs, NORTH, "first", 0, 5)
+    store, one = Activations(span, AMPLE, AMPLE), batch(runs, NORTH, "first", 0, 5)
     store.forward([one])
     held = store.held
     store.forward([batch(runs, NORTH, "first", 0, 5)])
@@ -145,14 +145,14 @@ def test_sent_again_it_begins_anew(span: Span, runs: Runs) -> None:
 
 
 def test_a_gradient_that_nobody_wants_is_not_computed(span: Span, runs: Runs) -> None:
-    store, one = Activations(span, AMPLE), batch(runs, NORTH, "first", 0, 5)
+    store, one = Activations(span, AMPLE, AMPLE), batch(runs, NORTH, "first", 0, 5)
     store.forward([one])
     assert store.backward([gradient(one, wanted=False)]) == [None]
     assert all(p.grad is not None for p in runs["first"].parameters.values())
 
 
 def test_what_does_not_fit_is_refused_clearly(span: Span, runs: Runs) -> None:
-    store, one = Activations(span, 2000), batch(runs, NORTH, "first", 0, 5)
+    store, one = Activations(span, 2000, 2000), batch(runs, NORTH, "first", 0, 5)
     store.check_room(one.key, one.entry)
     store.forward([one])
     with pytest.raises(LimitError, match="wait for their backward"):
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_clearly(span: Span, runs: Runs) -> None:
 
 def test_the_measure_of_a_graph_is_what_it_holds(span: Span, runs: Runs) -> None:
     """Against all tensors that autograd reaches from the output, weights left out."""
-    store, one = Activations(span, AMPLE), batch(runs, NORTH, "first", 0, 40)
+    store, one = Activations(span, AMPLE, AMPLE), batch(runs, NORTH, "first", 0, 40)
     store.forward([one])
     output = store._kept[one.key].output
     assert output is not None
