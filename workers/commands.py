@@ -46,6 +46,14 @@ def _share_option(name: str) -> Callable[[Callable[..., None]], Callable[..., No
     help="Bound on what micro-batches keep between forward and backward; beyond, it is computed again.",
 )
 @_share_option("--activation-per-silo")
+@click.option(
+    "--adapter-memory",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    metavar="MIB",
+    help="Bound on adapters and their optimizers; a silo may bring half of it.",
+)
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics there; port 0 too.")
 @click.option(
     "--drain",
@@ -74,6 +82,7 @@ def worker(
     kv_per_silo: int | None,
     activation_memory: int,
     activation_per_silo: int | None,
+    adapter_memory: int,
     metrics: str | None,
     drain: float,
     name: str,
@@ -118,6 +127,7 @@ def worker(
         activation_memory * MIB,
         kv_share=kv_per_silo * MIB if kv_per_silo else kv_memory * MIB // 2,
         activation_share=activation_per_silo * MIB if activation_per_silo else activation_memory * MIB // 2,
+        adapter_bytes=adapter_memory * MIB,
     )
     if metrics:
         click.echo(f"metrics at {serve_metrics(metrics, WorkerMetrics(service), 'worker')}")

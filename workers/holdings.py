@@ -15,14 +15,17 @@ from broker.ask import RunKey
 from codec import partition
 from codec.errors import LimitError, MismatchError, ProtocolError, UnknownNameError
 from codec.messages import OpenRun, OpenSession
-from codec.plan import ModelCard
+from codec.plan import LoraPlan, ModelCard
 from workers.busy import Busy
 from workers.kv import KVMemory
+from workers.lora import adapter_bytes
 from workers.run import TrunkRun
 from workers.session import TrunkSession
 from workers.share import Share
 from workers.span import Span
 
+_TRAINED = 5
+"""Copies of a run's weights: first values, present ones, gradients, and the optimizer's two moments."""
 _IDLE_S = 5.0
 """A session that was used since is not closed for another's sake: both would be sent again in turns."""
 
@@ -30,12 +33,19 @@ _IDLE_S = 5.0
 class Holdings:
     """Sessions and runs over one hosted span."""
 
-    def __init__(self, span: Span, card: ModelCard, kv_bytes: int, kv_share: int, busy: Busy) -> None:
-        """`kv_bytes` bounds the KV caches of all sessions; `kv_share` of them are each silo's own."""
+    def __init__(
+        self, span: Span, card: ModelCard, kv_bytes: int, kv_share: int, adapter_bytes: int, busy: Busy
+    ) -> None:
+        """`kv_bytes` bounds the KV caches of all sessions; `kv_share` of them are each silo's own.
+
+        `adapter_bytes` bounds what adapters and their optimizers take; a silo may bring half of it.
+        """
         self._span, self._card, self._busy = span, card, busy
         self.memory = KVMemory(kv_bytes)
         self._kv_share = kv_share
         self._shares: dict[bytes, Share] = {}
+        self._adapter_bytes = adapter_bytes
+        self._adapters: dict[str, tuple[bytes, int]] = {}
         self._sessions: dict[tuple[bytes, str], TrunkSession] = {}
         self.runs: dict[RunKey, TrunkRun] = {}
         self._keys = count()
@@ -77,6 +87,7 @@ class Holdings:
             before.running = True
         try:
             self._check_share(share, request)
+            size = self._check_adapter(silo, request.adapter, request, before.key if before else None)
             session = TrunkSession(
                 self._span, f"a{next(self._keys)}", request, adapter, share, time.monotonic()
             )
@@ -86,12 +97,17 @@ class Holdings:
                 before.running = False
         if before is not None:
             before.close()
+            self._adapters.pop(before.key or "", None)
+        if session.key is not None:
+            self._adapters[session.key] = silo, size
         self._sessions[silo, request.session] = session
         self._shares[silo] = share
 
     def close_session(self, silo: bytes, name: str) -> None:
         """Free a session. Raises `UnknownNameError`."""
-        self.session(silo, name).close()
+        session = self.session(silo, name)
+        session.close()
+        self._adapters.pop(session.key or "", None)
         del self._sessions[silo, name]
         if not self._shares[silo].held:
             del self._shares[silo]
@@ -109,7 +125,9 @@ class Holdings:
         initial = named(request.names, tensors)
         run = self.runs.get(key)
         if run is None:
+            size = self._check_adapter(silo, request.plan.lora, request, copies=_TRAINED)
             run = TrunkRun(self._span, f"a{next(self._keys)}", request.plan, blocks, initial, self._busy)
+            self._adapters[run.key] = silo, size
             self.runs[key] = run
         run.join(silo, request.plan, blocks, initial)
         return run
@@ -117,6 +135,7 @@ class Holdings:
     def close_run(self, run: TrunkRun) -> None:
         """Free a run that nobody is in any more."""
         self.runs = {key: other for key, other in self.runs.items() if other is not run}
+        self._adapters.pop(run.key, None)
         run.close()
 
     def held_by(self, silo: bytes) -> tuple[list[tuple[bytes, str]], list[tuple[bytes, str]]]:
@@ -153,6 +172,33 @@ class Holdings:
                 side="worker",
                 hint="Ask for fewer rows or tokens, close a session, or start the worker with more.",
             )
+
+    def _check_adapter(
+        self,
+        silo: bytes,
+        plan: LoraPlan | None,
+        request: OpenSession | OpenRun,
+        instead: str | None = None,
+        copies: int = 1,
+    ) -> int:
+        """What `copies` of an adapter's weights take. The one that it comes `instead` of counts for nothing.
+
+        Raises `LimitError` if that is too much, and `ModelError` for targets that are not there.
+        """
+        if plan is None:
+            return 0
+        size = copies * adapter_bytes(self._span, plan, partition.Span(request.start, request.stop))
+        others = [held for key, held in self._adapters.items() if key != instead]
+        mine, all_ = sum(n for owner, n in others if owner == silo), sum(n for _, n in others)
+        if mine + size > self._adapter_bytes // 2 or all_ + size > self._adapter_bytes:
+            raise LimitError(
+                f"an adapter of {size >> 20} MiB with its optimizer, beside {mine >> 20} MiB of this silo's "
+                f"and {all_ >> 20} of all; {self._adapter_bytes >> 20} may be, half of them one silo's "
+                "(--adapter-memory)",
+                side="worker",
+                hint="Use a lower --rank or fewer --lora-targets, or close a run or session.",
+            )
+        return size
 
     def _evict(self, asking: Share, missing: int) -> None:
         """Close sessions whose silos can send everything again: those that were idle longest, and then,

@@ -48,6 +48,7 @@ Outcome = Tensor | TrunklineError | list[Reply] | None
 """What came of a job: its part of a pass, an error, or what to tell whom."""
 
 ACTIVATION_BYTES = 4 << 30
+ADAPTER_BYTES = 8 << 30
 _STALL_S = 0.1
 """How much longer a decode pass may take because a part of a prompt is in it, or twice its time."""
 _LEAST_CHUNK, _FIRST_CHUNK = 16, 64
@@ -65,12 +66,13 @@ class TrunkService:
         *,
         kv_share: int | None = None,
         activation_share: int | None = None,
+        adapter_bytes: int = ADAPTER_BYTES,
     ) -> None:
-        """Bounds on the KV caches of all sessions, and on what waits between forward and backward; and
-        how much of either is each silo's own, all of it by default."""
+        """Bounds on the KV caches of all sessions, on what waits between forward and backward, and on
+        adapters; and how much of the first two is each silo's own, all of it by default."""
         self._span, self._card = span, card
         self.busy = Busy(span.device)
-        self.holdings = Holdings(span, card, kv_bytes, kv_share or kv_bytes, self.busy)
+        self.holdings = Holdings(span, card, kv_bytes, kv_share or kv_bytes, adapter_bytes, self.busy)
         self.holdings.asked = self._asked
         self.activations = Activations(span, activation_bytes, activation_share or activation_bytes)
         self._agenda = Agenda(joint_tokens=span.filling)

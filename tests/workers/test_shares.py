@@ -216,6 +216,34 @@ def test_memory_that_cannot_be_taken_back_is_not_lent(new_desk: Callable[..., De
     assert (desk.service.holdings.memory.held, desk.service.holdings._shares) == (0, {})
 
 
+# --- adapters ----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_takes_what_its_weights_take(new_desk: Callable[..., Desk]) -> None:
+    desk = new_desk()
+    assert isinstance(desk.join(NORTH, lora=LoraPlan(rank=3, targets=("q_proj", "v_proj"))), Opened)
+    (run,) = desk.service.holdings.runs.values()
+    weights = sum(parameter.nbytes for parameter in run.parameters.values())
+    assert list(desk.service.holdings._adapters.values()) == [(NORTH, 5 * weights)]
+
+
+def test_adapters_are_bounded_for_one_silo_and_for_all(new_desk: Callable[..., Desk]) -> None:
+    desk = new_desk()
+    desk.join(NORTH)
+    ((_, size),) = desk.service.holdings._adapters.values()
+    desk = new_desk(adapter_bytes=2 * size)
+    error = desk.join(NORTH, "north", lora=LoraPlan(rank=3, targets=("q_proj", "v_proj")))
+    assert (error.code, error.side, "--adapter-memory" in error.what) == ("limit", "worker", True)
+    assert isinstance(desk.join(NORTH, "north"), Opened)
+    assert isinstance(desk.join(SOUTH, "south"), Opened)
+    assert desk.join(WEST, "west").code == "limit"
+    assert isinstance(desk.says(SOUTH, CloseRun(run="r")), Done)
+    assert isinstance(desk.join(WEST, "west"), Opened)
+    for silo in (NORTH, WEST):
+        desk.says(silo, CloseRun(run="r"))
+    assert desk.service.holdings._adapters == {}
+
+
 # --- activations -------------------------------------------------------------------------------------
 
 
