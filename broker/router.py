@@ -68,7 +68,7 @@ class Router:
                 return self._attach(route, header, now)
             if peer is None:
                 return list(_stranger(route, header))
-            peer.last_heard = now
+            peer.last_heard, peer.spoke = now, True
             if kind in _REQUESTS and isinstance(peer, Silo):
                 return self._request(peer, cast("Request", header), parcel)
             if kind in _ANSWERS and isinstance(peer, Worker):
@@ -100,6 +100,10 @@ class Router:
         # One connection is one peer: under another identity it was somebody else, who is gone.
         other = self.peers.get(route)
         sends = self._forget(other) if other and other is not before else []
+        if before is not None and before.route != route and not before.spoke:
+            # The welcome that said that nothing of it is left may be lost: it must hear so again.
+            sends += self._forget(before)
+            before = None
         # The same secret identity on a new connection: what it has comes along.
         peer = before or self.registry.admit(alias, attach.role, attach.name)
         moved = before is not None and before.route != route

@@ -236,4 +236,5 @@ class _Meter:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return tensor
+        # An output would hold on to its own graph, which then is never freed unless it goes backward.
+        return tensor.detach()

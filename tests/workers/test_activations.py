@@ -1,5 +1,6 @@
 """Micro-batches of several silos and runs, joined, cut apart and computed again: the gradients stay."""
 
+import gc
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -10,7 +11,7 @@ from codec.errors import LimitError, MismatchError, UnknownNameError
 from codec.partition import Span as Blocks
 from codec.plan import LoraPlan, RunPlan
 from workers import catalog
-from workers.activations import Activations, Gradient, MicroBatch
+from workers.activations import Activations, Gradient, MicroBatch, _Meter
 from workers.busy import Busy
 from workers.checkpoint import Checkpoint
 from workers.run import TrunkRun
@@ -109,6 +110,16 @@ def test_together_is_as_alone(span: Span, runs: Runs, budget: int, order: list[l
     assert_close(grads(runs), adapters)
     assert store.held == 0
     assert not store.members
+
+
+def test_a_graph_that_never_goes_backward_is_freed(span: Span, runs: Runs) -> None:
+    store = Activations(span, AMPLE, AMPLE)
+    store.forward(work(runs))  # The first of its run: what it takes is measured.
+    store.drop_all(runs["first"])
+    store.drop_all(runs["second"])
+    assert store.held == 0
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if type(kept) is _Meter]
 
 
 def test_a_silo_that_leaves_takes_its_part_out_of_the_group(span: Span, runs: Runs) -> None:
