@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 FRAMES ?= 1000000
+MESSAGES ?= 1000000
 
 .PHONY: demo test lint fuzz bench clean
 
@@ -25,9 +26,11 @@ lint: $(READY)
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-cache
 
-# Damaged messages against every decoder; `make fuzz FRAMES=100000` for a shorter run.
+# Damaged messages against every decoder, and hostile peers at the sockets of broker, worker and silo;
+# `make fuzz FRAMES=100000 MESSAGES=50000` for a shorter run.
 fuzz: $(READY)
 	$(BIN)/python tests/codec/fuzz.py --frames $(FRAMES)
+	$(BIN)/python tests/sockets/fuzz.py --messages $(MESSAGES)
 
 bench: $(READY)
 	$(BIN)/trunkline bench parity --model smollm2-135m --head 2 --tail 2
