@@ -248,6 +248,23 @@ class Routing(RuleBasedStateMachine):
                 self.deliver(self.router.lost(peer.route))
             self.gone({peer.route})
 
+    @rule(silo=silos, pick=names, moves=st.booleans(), really=rarely)
+    def silo_goes_and_then_its_worker(self, silo: int, pick: str, moves: bool, really: bool) -> None:
+        """The worker has a request of a silo that is gone, and goes too, or comes on a new connection."""
+        if not really:
+            return
+        self.train(silo, pick, 1, 1, False, 1)
+        peer = self.silos[silo]
+        if peer.route in self.router.peers:
+            self.say(peer, Leave())
+            self.gone({peer.route})
+        for worker in self.workers:
+            if worker.route in self.router.peers and any(p.peer == peer.alias for p, _ in worker.inbox):
+                if moves:
+                    self.attach(worker)
+                else:
+                    self.deliver(self.router.lost(worker.route))
+
     @rule(beating=st.sets(st.integers(0, 5), min_size=3))
     def time_passes(self, beating: set[int]) -> None:
         """Some peers fall silent, possibly several at once."""
