@@ -170,7 +170,7 @@ class Holdings:
                 f"{needed / (1 << 20):.3g} MiB of KV cache are needed, {free / (1 << 20):.3g} of this "
                 "silo's share are free (--kv-per-silo)",
                 side="worker",
-                hint="Ask for fewer rows or tokens, close a session, or start the worker with more.",
+                hint="Ask for fewer rows or tokens, or start the worker with more --kv-memory.",
             )
 
     def _check_adapter(
