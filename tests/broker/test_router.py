@@ -517,6 +517,7 @@ def test_a_silo_that_attaches_again_keeps_what_it_has(desk: Any) -> None:
 
 def test_a_worker_that_attaches_again_keeps_what_it_has(desk: Any) -> None:
     worker, silo = desk.worker("a"), desk.silo()
+    worker.says(Heartbeat())
     silo.opens("s", 1)
     silo.joins("r", 2)
     worker.reattaches()
@@ -526,6 +527,19 @@ def test_a_worker_that_attaches_again_keeps_what_it_has(desk: Any) -> None:
     assert silo.read() == [Opened(id=1)]
     silo.extends("s", 3)
     assert [h.id for h in worker.read()] == [3]
+
+
+@pytest.mark.parametrize("role", ["silo", "worker"])
+def test_who_may_not_have_read_its_welcome_hears_it_again(desk: Any, role: str) -> None:
+    """Or it would never know that the broker before this one is gone, and what it had there."""
+    peer = getattr(desk, role)()
+    peer.reattaches()
+    assert peer.read() == [Welcome(heartbeat=1.0)]
+    peer.says(Heartbeat())
+    peer.read()
+    peer.reattaches()
+    assert peer.read() == [Welcome(heartbeat=1.0, resumed=True)]
+    assert len(desk.router.peers) == 1
 
 
 def test_attaching_twice_on_one_connection_changes_nothing(desk: Any) -> None:
