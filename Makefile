@@ -6,6 +6,7 @@ READY  := $(VENV)/.ready
 FRAMES ?= 1000000
 MINUTES ?= 2
 SEED   ?= 0
+MESSAGES ?= 1000000
 
 .PHONY: demo test lint fuzz chaos bench clean
 
@@ -27,9 +28,11 @@ lint: $(READY)
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-cache
 
-# Damaged messages against every decoder; `make fuzz FRAMES=100000` for a shorter run.
+# Damaged messages against every decoder, and hostile peers at the sockets of broker, worker and silo;
+# `make fuzz FRAMES=100000 MESSAGES=50000` for a shorter run.
 fuzz: $(READY)
 	$(BIN)/python tests/codec/fuzz.py --frames $(FRAMES)
+	$(BIN)/python tests/sockets/fuzz.py --messages $(MESSAGES)
 
 # Processes die, stop and are cut off, and nothing is lost or wrong; `make chaos MINUTES=15 SEED=7`.
 chaos: $(READY)

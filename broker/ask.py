@@ -20,6 +20,9 @@ class Rank(IntEnum):
 Flow = tuple[bytes, str, str]
 """A silo's alias, "session" or "run", and the name. What is about the same flow keeps its order."""
 
+RunKey = tuple[tuple[str, ...], str]
+"""The members that a run is open to, none for anybody, and its name."""
+
 
 class Ask(Struct, eq=False):
     """One request for one worker. `number` is the silo's; nobody waits for the answer to 0."""

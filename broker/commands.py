@@ -1,5 +1,6 @@
 """`trunkline broker`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -7,10 +8,17 @@ import click
 from broker.heap import keep_freed_memory
 from broker.keyring import KeyRing
 from broker.metrics import BrokerMetrics, serve_metrics
-from broker.router import Limits, Router
+from broker.quota import Limits
+from broker.router import Router
 from broker.server import Server
 from broker.shutdown import stop_on_signals
 from codec import logs
+
+_Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _most(name: str, default: int, what: str) -> _Decorator:
+    return click.option(name, default=default, show_default=True, type=click.IntRange(min=1), help=what)
 
 
 @click.command("broker")
@@ -44,8 +52,24 @@ from codec import logs
     metavar="S",
     help="Seconds without a message after which a peer is gone although its machine answers.",
 )
-def broker(listen: str, keys: Path | None, metrics: str | None, heartbeat: float, silence: float) -> None:
+@_most("--max-sessions", Limits().sessions, "Sessions that a silo may have open.")
+@_most("--max-runs", Limits().runs, "Runs that a silo may be in.")
+@_most("--max-requests", Limits().requests, "Requests of a silo that may wait for answers.")
+@_most("--max-mib", Limits().bytes >> 20, "MiB of tensors in these requests.")
+@_most("--max-attaches", Limits().attaches, "Attaches of a silo or worker in a minute.")
+def broker(
+    listen: str,
+    keys: Path | None,
+    metrics: str | None,
+    heartbeat: float,
+    silence: float,
+    max_mib: int,
+    **quotas: int,
+) -> None:
     """Route messages between silos and workers. Needs no GPU and never looks into a tensor.
+
+    Quotas hold for each key: peers that attach with one key share them. Without --keys they hold for each
+    attached silo.
 
     \b
     Examples:
@@ -55,9 +79,9 @@ def broker(listen: str, keys: Path | None, metrics: str | None, heartbeat: float
     """
     logs.configure()
     keep_freed_memory()
-    server = Server(
-        listen, Router(Limits(heartbeat=heartbeat, silence=silence)), KeyRing(keys) if keys else None
-    )
+    most = {name.removeprefix("max_"): number for name, number in quotas.items()}
+    limits = Limits(heartbeat=heartbeat, silence=silence, bytes=max_mib << 20, **most)
+    server = Server(listen, Router(limits), KeyRing(keys) if keys else None)
     try:
         if metrics:
             click.echo(f"metrics at {serve_metrics(metrics, BrokerMetrics(server), 'broker')}")

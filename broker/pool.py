@@ -30,6 +30,8 @@ class Peer:
     route: bytes = b""
     name: str = ""
     last_heard: float = 0.0
+    spoke: bool = False
+    """Whether it said anything since it was let in: then it has read its welcome."""
 
 
 @dataclass(slots=True, eq=False)

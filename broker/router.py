@@ -7,8 +7,7 @@ everyone who waits for it. When a request goes on, its worker's inbox decides (`
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, cast, get_args
+from typing import cast, get_args
 
 from msgspec import Struct
 
@@ -16,6 +15,8 @@ from broker.ask import cost
 from broker.chain import Errand
 from broker.parcel import Parcel, error_parcel
 from broker.pool import Peer, Worker, alias_of, check_attach, common_encodings
+from broker.quota import Attaches
+from broker.quota import Limits as Limits
 from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
 from broker.status import pool_status
@@ -51,29 +52,14 @@ class Send(Struct, frozen=True):
     parcel: Parcel
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Quotas and deadlines.
-
-    A peer is gone after `BEATS` heartbeats without a byte, and after `silence` seconds without a message:
-    its machine still answers then, and its program hangs.
-    """
-
-    BEATS: ClassVar[int] = 2
-
-    heartbeat: float = 1.0
-    silence: float = 10.0
-    requests: int = 1024
-    bytes: int = 1 << 30
-
-
 class Router:
     """The broker's state machine."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.peers: dict[bytes, Silo | Worker] = {}
-        self.registry = Registry()
+        self.registry = Registry(self.limits)
+        self._attaches = Attaches()
 
     def handle(self, route: bytes, parcel: Parcel, now: float) -> list[Send]:
         """Decide on one message that arrived on `route`. Never raises; errors become answers."""
@@ -86,7 +72,7 @@ class Router:
                 return [Send(route, Parcel.of(pool_status(self.registry, header.id, now)))]
             if peer is None:
                 return list(_stranger(route, header))
-            peer.last_heard = now
+            peer.last_heard, peer.spoke = now, True
             if kind in _REQUESTS and isinstance(peer, Silo):
                 return self._request(peer, cast("Request", header), parcel)
             if kind in _ANSWERS and isinstance(peer, Worker):
@@ -100,6 +86,7 @@ class Router:
 
         `quiet_for` tells how many seconds ago the last byte came on a route, where that can be told.
         """
+        self._attaches.forget_full(now)
         silent = [peer for peer in self.peers.values() if self._silent(peer, now, quiet_for)]
         return [send for peer in silent for send in self._forget(peer)]
 
@@ -123,6 +110,7 @@ class Router:
 
     def _attach(self, route: bytes, attach: Attach, now: float) -> list[Send]:
         check_attach(attach)
+        self._attaches.check(attach.name if self.registry.keyed else route, self.limits, now)
         alias = alias_of(attach.peer)
         before = self.registry.silos.get(alias) or self.registry.workers.get(alias)
         if before is not None and before.role != attach.role:
@@ -130,8 +118,12 @@ class Router:
         # One connection is one peer: under another identity it was somebody else, who is gone.
         other = self.peers.get(route)
         sends = self._forget(other) if other and other is not before else []
+        if before is not None and before.route != route and not before.spoke:
+            # The welcome that said that nothing of it is left may be lost: it must hear so again.
+            sends += self._forget(before)
+            before = None
         # The same secret identity on a new connection: what it has comes along.
-        peer = before or self.registry.admit(alias, attach.role)
+        peer = before or self.registry.admit(alias, attach.role, attach.name)
         moved = before is not None and before.route != route
         self.peers.pop(peer.route, None)
         self.peers[route] = peer
@@ -168,6 +160,8 @@ class Router:
 
     def _silo_gone(self, silo: Silo) -> Iterator[Send]:
         del self.registry.silos[silo.alias]
+        silo.account.silos.remove(silo)
+        asked = list(silo.pending.values())
         silo.pending.clear()
         holds = list(silo.holds())
         for hold in silo.sessions.values():
@@ -180,12 +174,18 @@ class Router:
             if worker.inbox.withdraw(silo.alias) or worker in told:
                 yield Send(worker.route, Parcel.of(Gone(name=silo.name), peer=silo.alias))
                 yield from self._released(worker)
+        for pending in asked:
+            # What a worker has is still in the way of others: who comes back has not got rid of it.
+            owed = self.registry.owed(silo.alias, pending.number)
+            if pending.hold.chain is not None or not owed:
+                pending.settle()
 
     def _worker_gone(self, worker: Worker) -> Iterator[Send]:
         del self.registry.workers[worker.alias]
         self.registry.runs = {run: home for run, home in self.registry.runs.items() if home is not worker}
         error = UnavailableError(f"worker {worker.name!r} left before it answered", hint=START_AGAIN)
         for pending in list(worker.inbox):
+            pending.settle()
             if pending.silo.take(pending):
                 yield Send(pending.silo.route, error_parcel(pending.number, error))
         for silo in self.registry.silos.values():
@@ -203,6 +203,7 @@ class Router:
         error = UnavailableError(f"the connection to worker {worker.name!r} broke", hint=START_AGAIN)
         for pending in worker.inbox.renew():
             silo, hold = pending.silo, pending.hold
+            pending.settle()
             if silo.take(pending):
                 silo.owed.add(pending.number)
                 yield Send(silo.route, error_parcel(pending.number, error))
@@ -230,14 +231,15 @@ class Router:
 
     def _request(self, silo: Silo, header: Request, parcel: Parcel) -> list[Send]:
         number, size = header.id, parcel.size
-        silo.check(number, size, self.limits.requests, self.limits.bytes)
+        silo.check(number)
+        silo.account.check_request(size, self.limits)
         hold = self.registry.hold(silo, header)
         kind = type(header)
         opens = cast("OpenSession | OpenRun", header) if kind in _OPENS else None
         rank, tokens = cost(header)
         pending = Pending(hold.flow, number, rank, tokens, silo=silo, hold=hold, size=size, opens=opens)
         silo.pending[number] = pending
-        silo.pending_bytes += size
+        pending.charge()
         if hold.chain is not None:
             return self._ask_stages(silo, hold, hold.chain.put(parcel))
         if kind in _CLOSES:
@@ -276,6 +278,7 @@ class Router:
             sends = []  # Nobody waits for it any more.
             if pending.opens is not None and self.registry.silos.get(silo.alias) is silo:
                 self._opened(silo, hold, isinstance(parcel.header, Error))
+            pending.settle()
             if (now := self.registry.silos.get(silo.alias)) and not self.registry.owed(silo.alias, number):
                 now.owed.discard(number)
         if worker.inbox.waiting:

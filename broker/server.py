@@ -52,6 +52,7 @@ class Server:
         """Bind. Raises `UsageError` if the address is bad, taken, or beyond loopback without `keys`."""
         check_endpoint(listen, free_port=True, keys=keys is not None)
         self.router = router
+        router.registry.keyed = keys is not None
         self.traffic = Traffic()
         self._attached = 0
         self._log = Log("broker")

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from broker.ask import Ask, Flow, flow_of
+from broker.ask import Ask, Flow, RunKey, flow_of
 from broker.chain import Chain
 from broker.parcel import Parcel
 from broker.pool import Peer, Worker
-from codec.errors import LimitError, ProtocolError
+from broker.quota import Account
+from codec.errors import ProtocolError
 from codec.messages import OpenRun, OpenSession, Request, Role
 
 
@@ -17,6 +18,7 @@ class Hold:
     """A session or run that a silo has at `worker`, or a session at the stages of `chain`.
 
     `sure` once the worker said that it is open; `lost` is the name of a worker that left with it.
+    `members` are those of a run's plan.
     """
 
     flow: Flow
@@ -24,6 +26,12 @@ class Hold:
     chain: Chain | None = None
     sure: bool = False
     lost: str = ""
+    members: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> RunKey:
+        """Which of all runs it is: one name may stand for several, of different members."""
+        return self.members, self.flow[2]
 
     @property
     def workers(self) -> list[Worker]:
@@ -42,6 +50,21 @@ class Pending(Ask, eq=False, kw_only=True):
     size: int = 0
     opens: OpenSession | OpenRun | None = None
     parcel: Parcel | None = None
+    charged: bool = False
+    """Whether it counts against its silo's quotas."""
+
+    def charge(self) -> None:
+        """Count it against its silo's quotas, until it is settled."""
+        self.charged = True
+        self.silo.account.requests += 1
+        self.silo.account.bytes += self.size
+
+    def settle(self) -> None:
+        """Nothing of it is on its way any more."""
+        if self.charged:
+            self.charged = False
+            self.silo.account.requests -= 1
+            self.silo.account.bytes -= self.size
 
     def leaves(self) -> Parcel:
         """The message, which is not kept."""
@@ -52,35 +75,23 @@ class Pending(Ask, eq=False, kw_only=True):
 
 @dataclass(slots=True, eq=False)
 class Silo(Peer):
-    """Open sessions, joined runs, unanswered requests. `pending_bytes` is the sum of their sizes."""
+    """Open sessions, joined runs, unanswered requests; `account` is what its quotas are counted by."""
 
     role: ClassVar[Role] = "silo"
 
     sessions: dict[str, Hold] = field(default_factory=dict)
     runs: dict[str, Hold] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
-    pending_bytes: int = 0
+    account: Account = field(default_factory=Account)
     owed: set[int] = field(default_factory=set)
     """Numbers that a worker has yet to answer though nobody waits for it any more."""
 
-    def check(self, number: int, size: int, requests: int, bytes: int) -> None:
-        """Raises `ProtocolError` for a number that cannot be used now, `LimitError` over these quotas."""
+    def check(self, number: int) -> None:
+        """Raises `ProtocolError` for a number that cannot be used now."""
         if number == 0:
             raise ProtocolError("a request needs a number above 0")
         if number in self.pending or number in self.owed:
             raise ProtocolError(f"request {number} is already on its way")
-        if size > bytes:
-            raise LimitError(
-                f"a request of {size} bytes, {bytes} may wait for answers",
-                side="silo",
-                hint="Use smaller micro-batches (--batch).",
-            )
-        if len(self.pending) >= requests or self.pending_bytes + size > bytes:
-            raise LimitError(
-                f"{len(self.pending)} requests ({self.pending_bytes} bytes) wait for answers already",
-                side="silo",
-                hint="Keep fewer micro-batches in flight (--window).",
-            )
 
     def names(self, header: Request) -> tuple[dict[str, Hold], str]:
         """Where this request's name is kept, and the name."""
@@ -105,7 +116,7 @@ class Silo(Peer):
         if self.pending.get(pending.number) is not pending:
             return False
         del self.pending[pending.number]
-        self.pending_bytes -= pending.size
+        pending.settle()
         return True
 
     def opening(self, hold: Hold) -> bool:

@@ -1,6 +1,7 @@
 """What the parties of a run agree on before it starts: the adapter and how it is trained."""
 
 import math
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import msgspec
@@ -32,7 +33,9 @@ class RunPlan(Struct, frozen=True, forbid_unknown_fields=True):
     `silos` take part in every step. With `ends="own"` each silo keeps its own head and tail
     adapters (the paper's way); with `"shared"` their gradients are summed at every commit too.
     `clip_norm` bounds the norm of the whole gradient, over all parts; 0 turns clipping off.
-    `seed` decides the adapters' initial values, whatever the partition.
+    `seed` decides the adapters' initial values, whatever the partition. `members` are the names of the
+    silos that may take part, sorted; with none it is whoever comes first. Runs of one name and other
+    members are different runs.
     """
 
     silos: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -47,6 +50,14 @@ class RunPlan(Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: Real = 0.0
     clip_norm: Real = 1.0
     seed: int = 0
+    members: Annotated[tuple[Name, ...], Meta(max_length=4096)] = ()
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for members that are not as many as the silos, or not in order."""
+        if self.members and len(self.members) != self.silos:
+            raise ValueError(f"{len(self.members)} members are named, and it is for {self.silos} silos")
+        if any(one >= other for one, other in pairwise(self.members)):
+            raise ValueError("members must be sorted, each named once")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0.

@@ -205,9 +205,11 @@ class Remote:
         if parcel is None:
             return False
         header = parcel.header
+        if not isinstance(header, Answer):
+            return True  # No broker says this to a silo.
         waiting = self._waiting.pop(header.id, None)
         # An answer nobody waits for any more is a repeat, or came too late.
-        if waiting is not None and isinstance(header, Answer):
+        if waiting is not None:
             self._early[header.id] = self._arrived(header, parcel, waiting.kind)
         return True
 

@@ -32,6 +32,11 @@ def _window(_: click.Context, __: click.Parameter, value: str) -> int | None:
     return int(value)
 
 
+def _members(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names in order, so that every silo means the same however it wrote them."""
+    return tuple(sorted(name.strip() for name in value.split(","))) if value else ()
+
+
 @click.command("train")
 @silo_options
 @partition_option
@@ -44,6 +49,12 @@ def _window(_: click.Context, __: click.Parameter, value: str) -> int | None:
 )
 @click.option("--run", "run_name", default="default", show_default=True, help="Silos of one run share it.")
 @click.option("--silos", default=1, show_default=True, help="How many silos take part.")
+@click.option(
+    "--members",
+    callback=_members,
+    metavar="NAMES",
+    help="Only these silos may take part, by their keys' names, with commas.  [default: anyone]",
+)
 @click.option("--steps", default=10, show_default=True)
 @click.option(
     "--ends",
@@ -135,6 +146,7 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
         clip_norm=given["clip"],
         weight_decay=given["weight_decay"],
         seed=given["seed"],
+        members=given["members"],
     )
     settings = TrainSettings(
         given["run_name"],

@@ -5,7 +5,8 @@ One whose graph is gone, because memory was short or because the others of its g
 is computed forward again from its input: LoRA has no dropout here, so the result is the same.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -86,10 +87,14 @@ class _Numbers:
 
 
 class Activations:
-    """Everything that waits for a backward, within `budget` bytes."""
+    """Everything that waits for a backward, within `budget` bytes; a `share` of them is each silo's own.
 
-    def __init__(self, span: Span, budget: int) -> None:
-        self._span, self._budget = span, budget
+    Inputs must be kept, and those of one silo are bounded by its share. Graphs may take what is free: who
+    holds more than its share gives them back when others need room.
+    """
+
+    def __init__(self, span: Span, budget: int, share: int) -> None:
+        self._span, self._budget, self._share = span, budget, share
         self._kept: dict[Key, _Kept] = {}
         self._numbers: dict[tuple[bytes, str], _Numbers] = {}
         self._spent: list[MicroBatch] = []
@@ -105,7 +110,12 @@ class Activations:
         for batch in batches:
             self.drop(batch.key)  # Sent again: from the start.
         entries = sum(batch.entry.nbytes for batch in batches)
-        keeps = self.held + entries + sum(map(self._graph_bytes, batches)) <= self._budget
+        whole = entries + sum(map(self._graph_bytes, batches))
+        if self._holds({batch.key[0] for batch in batches}) <= self._share:
+            self._take_back(whole, above=self._share)
+        keeps = self.held + whole <= self._budget
+        if not keeps:
+            self._take_back(entries, above=0)
         with torch.set_grad_enabled(keeps):
             outputs = self._run(batches, measure=keeps)
         group = next(self._groups)
@@ -116,14 +126,23 @@ class Activations:
             self.held += size
         return [output.detach() for output in outputs]
 
-    def check_room(self, key: Key, entry: Tensor) -> None:
+    def check_room(self, batch: MicroBatch) -> None:
         """Raises `LimitError` if not even a micro-batch's input could be kept, and `ProtocolError` for one
         whose gradient counts already: a message that came twice must not add it twice."""
-        self._numbers.setdefault(key[:2], _Numbers()).check(key[2])
+        key, entry = batch.key, batch.entry
+        self._numbers_of(batch).check(key[2])
         before = self._kept.get(key)  # Sent again, it makes room for itself.
-        if self.held - (before.bytes if before else 0) + entry.nbytes > self._budget:
+        inputs = {other: one.batch.entry.nbytes for other, one in self._kept.items() if other != key}
+        mine = sum(size for other, size in inputs.items() if other[0] == key[0])
+        if mine + entry.nbytes > self._share:
             raise LimitError(
-                f"micro-batches that wait for their backward hold {self.held >> 20} MiB",
+                f"micro-batches of this silo that wait for their backward hold {mine >> 20} MiB, "
+                f"{self._share >> 20} may be (--activation-per-silo)",
+                hint="Lower --window or --batch, or start the worker with a larger share.",
+            )
+        if (held := sum(inputs.values())) + entry.nbytes > self._budget:
+            raise LimitError(
+                f"micro-batches that wait for their backward hold {held >> 20} MiB",
                 hint="Lower --window or --batch, or start the worker with more --activation-memory.",
             )
         if before is None and sum(other[0] == key[0] for other in self._kept) >= _MAX_KEPT:
@@ -151,10 +170,10 @@ class Activations:
         kept = [self._kept[gradient.key] for gradient in gradients]
         (group, *others) = {one.group for one in kept}
         whole = not others and len(kept) == self.members[group]
-        for gradient in gradients:
-            self.drop(gradient.key, alone=not whole)
-            self._numbers.setdefault(gradient.key[:2], _Numbers()).over.add(gradient.key[2])
         batches = [one.batch for one in kept]
+        for batch in batches:
+            self.drop(batch.key, alone=not whole)
+            self._numbers_of(batch).over.add(batch.key[2])
         outputs = [one.output for one in kept if one.output is not None]
         if not whole or len(outputs) != len(kept):
             outputs = self._run(batches, measure=False)
@@ -180,25 +199,48 @@ class Activations:
         if not self.members[kept.group]:
             del self.members[kept.group]
         elif alone:
-            for other in self._kept.values():
-                if other.group == kept.group and other.output is not None:
-                    self.held -= other.bytes - other.batch.entry.nbytes
-                    other.bytes, other.output = other.batch.entry.nbytes, None
+            self._drop_graph(kept.group)
 
-    def forget(self, run: TrunkRun, name: str) -> None:
-        """A run called `name` is over."""
-        self.drop_all(name)
+    def forget(self, run: TrunkRun) -> None:
+        """A run is over."""
+        self.drop_all(run)
         self._per_block.pop(run.key, None)
-        for member in [member for member in self._numbers if member[1] == name]:
+        for member in [member for member in self._numbers if member[1] == run.key]:
             del self._numbers[member]
 
-    def drop_all(self, run: str, silo: bytes | None = None) -> None:
+    def drop_all(self, run: TrunkRun, silo: bytes | None = None) -> None:
         """Forget a run's micro-batches, or one silo's of it: its step is over, or begins anew."""
         for member, numbers in self._numbers.items():
-            if member[1] == run and silo in (None, member[0]):
+            if member[1] == run.key and silo in (None, member[0]):
                 numbers.next_step()
-        for key in [key for key in self._kept if key[1] == run and silo in (None, key[0])]:
+        kept = self._kept.items()
+        for key in [key for key, one in kept if one.batch.run is run and silo in (None, key[0])]:
             self.drop(key)
+
+    def _numbers_of(self, batch: MicroBatch) -> _Numbers:
+        return self._numbers.setdefault((batch.key[0], batch.run.key), _Numbers())
+
+    def _drop_graph(self, group: int) -> None:
+        for kept in self._kept.values():
+            if kept.group == group and kept.output is not None:
+                self.held -= kept.bytes - kept.batch.entry.nbytes
+                kept.bytes, kept.output = kept.batch.entry.nbytes, None
+
+    def _holds(self, silos: Container[bytes]) -> int:
+        """The most that any of these silos holds."""
+        held = Counter[bytes]()
+        for key, kept in self._kept.items():
+            held[key[0]] += kept.bytes * (key[0] in silos)
+        return max(held.values(), default=0)
+
+    def _take_back(self, size: int, above: int) -> None:
+        """Drop graphs of those who hold most, and more than `above`, until `size` bytes are free."""
+        while self.held + size > self._budget:
+            groups = {key[0]: kept.group for key, kept in self._kept.items() if kept.output is not None}
+            most = max(groups, key=lambda silo: self._holds({silo}), default=None)
+            if most is None or self._holds({most}) <= above:
+                return
+            self._drop_graph(groups[most])
 
     def _graph_bytes(self, batch: MicroBatch) -> int:
         """What a micro-batch's graph takes: measured on its run, or else estimated."""

@@ -1,6 +1,7 @@
 """`trunkline worker` and `trunkline models`."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -19,6 +20,15 @@ kv_memory_option = click.option(
 )
 
 
+def _share_option(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        name,
+        type=click.IntRange(min=1),
+        metavar="MIB",
+        help="How much of it is each silo's own; more is lent while it is free.  [default: half]",
+    )
+
+
 @click.command("worker")
 @click.option(
     "--broker",
@@ -33,6 +43,7 @@ kv_memory_option = click.option(
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True)
 @kv_memory_option
+@_share_option("--kv-per-silo")
 @click.option(
     "--activation-memory",
     type=click.IntRange(min=1),
@@ -40,6 +51,15 @@ kv_memory_option = click.option(
     show_default=True,
     metavar="MIB",
     help="Bound on what micro-batches keep between forward and backward; beyond, it is computed again.",
+)
+@_share_option("--activation-per-silo")
+@click.option(
+    "--adapter-memory",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    metavar="MIB",
+    help="Bound on adapters and their optimizers; a silo may bring half of it.",
 )
 @click.option(
     "--state",
@@ -85,7 +105,10 @@ def worker(
     device: str,
     dtype: str,
     kv_memory: int,
+    kv_per_silo: int | None,
     activation_memory: int,
+    activation_per_silo: int | None,
+    adapter_memory: int,
     state: str | None,
     metrics: str | None,
     drain: float,
@@ -131,7 +154,16 @@ def worker(
     card = checkpoint.card(range(hosted.start, hosted.stop))
     log = logs.Log("worker")
     log.say("hosting", model=model, blocks=str(hosted), mib=span.weight_bytes // MIB, device=str(where))
-    service = TrunkService(span, card, kv_memory * MIB, activation_memory * MIB, store)
+    service = TrunkService(
+        span,
+        card,
+        kv_memory * MIB,
+        activation_memory * MIB,
+        store,
+        kv_share=kv_per_silo * MIB if kv_per_silo else kv_memory * MIB // 2,
+        activation_share=activation_per_silo * MIB if activation_per_silo else activation_memory * MIB // 2,
+        adapter_bytes=adapter_memory * MIB,
+    )
     if metrics:
         click.echo(f"metrics at {serve_metrics(metrics, WorkerMetrics(service), 'worker')}")
     link = attach_everywhere(brokers, worker_attach(span, card, name), patience=patience, keys=keys)

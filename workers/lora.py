@@ -75,6 +75,15 @@ def add_adapter(
     _train_all(span)
 
 
+def adapter_bytes(span: Span, plan: LoraPlan, blocks: partition.Span) -> int:
+    """What the weights of an adapter would take. Raises `ModelError` for targets that are not there."""
+    check_targets(span.model.config, plan.targets)
+    named = span.layers(blocks).named_modules()
+    targets = [module for name, module in named if name.rpartition(".")[2] in plan.targets]
+    bases = [module.base_layer if isinstance(module, AdaptedLinear) else module for module in targets]
+    return sum(4 * plan.rank * sum(base.weight.shape) for base in cast("list[nn.Linear]", bases))
+
+
 def _draw(weights: Mapping[str, Tensor], seed: int) -> None:
     for name, weight in weights.items():
         if ".lora_B." in name:

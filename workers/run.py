@@ -28,8 +28,9 @@ _SUMMED = "summed:"
 
 @dataclass(slots=True)
 class Durable:
-    """How a run survives its worker: by whose `ticket`, and what of it is on its way to the disk."""
+    """How the run `name` survives its worker: by whose `ticket`, and what of it is on its way to the disk."""
 
+    name: str
     ticket: bytes
     tenure: Tenure
     unsaved: bool = True
@@ -71,7 +72,8 @@ class TrunkRun:
     def found(cls, span: Span, key: str, found: Found, ticket: bytes, busy: Busy) -> "TrunkRun":
         """Go on with a saved run. Raises `MismatchError` if it does not fit the trunk."""
         state, blocks = found.state, partition.Span(found.state.start, found.state.stop)
-        run = cls(span, key, state.plan, blocks, {}, busy, Durable(ticket, found.tenure, unsaved=False))
+        durable = Durable(state.run, ticket, found.tenure, unsaved=False)
+        run = cls(span, key, state.plan, blocks, {}, busy, durable)
         try:
             run._optimizer.restore(found.tensors)
         except MismatchError:
@@ -83,10 +85,11 @@ class TrunkRun:
         run._summed = {name: found.tensors[f"{_SUMMED}{name}"].to(span.device) for name in state.summed}
         return run
 
-    def state(self, name: str, fingerprint: str) -> tuple[RunState, dict[str, Tensor]]:
-        """Copies of all that the run `name` needs to go on elsewhere, between two steps or in one."""
+    def state(self, fingerprint: str) -> tuple[RunState, dict[str, Tensor]]:
+        """Copies of all that a durable run needs to go on elsewhere, between two steps or in one."""
+        assert self.durable is not None
         state = RunState(
-            run=name,
+            run=self.durable.name,
             fingerprint=fingerprint,
             start=self.blocks.start,
             stop=self.blocks.stop,

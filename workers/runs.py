@@ -10,11 +10,12 @@ from functools import partial
 
 from torch import Tensor
 
+from broker.ask import RunKey
 from codec.errors import TrunklineError, UnavailableError
 from codec.logs import Log
 from codec.messages import CloseRun, Commit, Done, Error, Opened, OpenRun
 from workers.activations import Activations
-from workers.holdings import Holdings, named
+from workers.holdings import Holdings, named, run_key
 from workers.replies import Reply, error_header
 from workers.run import TrunkRun, told
 from workers.saver import Saver
@@ -31,7 +32,7 @@ class Runs:
     activations: Activations
     store: StateStore | None = None
     saver: Saver = field(default_factory=Saver)
-    _waiting: dict[str, list[_Asked]] = field(default_factory=dict)
+    _waiting: dict[RunKey, list[_Asked]] = field(default_factory=dict)
     """Who asked to join a run whose state is being read."""
     _log: Log = field(default_factory=lambda: Log("worker"))
 
@@ -41,30 +42,29 @@ class Runs:
         Raises `UnavailableError` if there is nowhere to read it from, and what joining raises.
         """
         self.holdings.check_model(request)
-        asked = silo, request, tensors
-        if request.run in self._waiting:
-            self._waiting[request.run].append(asked)
+        asked, key = (silo, request, tensors), run_key(request)
+        if key in self._waiting:
+            self._waiting[key].append(asked)
             return []
-        if request.run in self.holdings.runs or not request.ticket:
+        if key in self.holdings.runs or not request.ticket:
             return self._join(*asked)
         if self.store is None:
             raise UnavailableError(
                 "this worker was started without --state", hint="Give all workers the same."
             )
-        self._waiting[request.run] = [asked]
-        self.saver.submit(
-            partial(self.store.load, request.ticket), partial(self._read, request.run, request.ticket)
-        )
+        self._waiting[key] = [asked]
+        self.saver.submit(partial(self.store.load, request.ticket), partial(self._read, silo, request))
         return []
 
-    def _read(self, name: str, ticket: bytes, found: Found | TrunklineError) -> list[Reply]:
-        """A saved run was read; let those in who asked for it."""
-        asked, replies = self._waiting.pop(name), []
+    def _read(self, silo: bytes, request: OpenRun, found: Found | TrunklineError) -> list[Reply]:
+        """A saved run was read, as this silo had asked; let those in who want to join it."""
+        key = run_key(request)
+        asked, replies = self._waiting.pop(key), []
         try:
             if isinstance(found, TrunklineError):
                 raise found
-            self.holdings.resume_run(name, found, ticket)
-            self._log.say("run goes on from its saved state", run=name, step=found.state.step)
+            self.holdings.resume_run(silo, request, found)
+            self._log.say("run goes on from its saved state", run=request.run, step=found.state.step)
         except TrunklineError as error:
             replies = [Reply(s, error_header(r.id, error)) for s, r, _ in asked if r.ticket]
             asked = [each for each in asked if not each[1].ticket]
@@ -73,42 +73,43 @@ class Runs:
                 replies += self._join(silo, request, tensors)
             except TrunklineError as error:
                 replies.append(Reply(silo, error_header(request.id, error)))
-        self._free_if_empty(name)
+        if (run := self.holdings.runs.get(key)) is not None:
+            self._free_if_empty(run)
         return replies
 
     def _join(self, silo: bytes, request: OpenRun, tensors: list[Tensor]) -> list[Reply]:
         initial = named(request.names, tensors)
-        run = self.holdings.open_run(request, initial, self.store)
+        run = self.holdings.open_run(silo, request, initial, self.store)
         try:
             seat, anew = run.join(silo, request, initial)
         finally:
-            self._free_if_empty(request.run)
+            self._free_if_empty(run)
         self._log.say("silo joined run", run=request.run, silos=len(run.ledger.members))
         ticket = run.durable.ticket if run.durable else b""
         opened = Opened(id=request.id, step=run.ledger.step, ticket=ticket, seat=seat)
-        return self._begun_anew(request.run, anew) + self._durably(request.run, [Reply(silo, opened)])
+        return self._begun_anew(run, anew) + self._durably(run, [Reply(silo, opened)])
 
     def commit(self, silo: bytes, request: Commit, tensors: list[Tensor]) -> list[Reply]:
         """Record a commit; what follows from it. Raises what `TrunkRun.commit` raises."""
         run = self.holdings.run(silo, request.run)
         replies, complete = run.commit(silo, request, named(request.names, tensors))
         if complete:
-            self.activations.drop_all(request.run)  # What was left of the step is void.
-        return self._durably(request.run, replies)
+            self.activations.drop_all(run)  # What was left of the step is void.
+        return self._durably(run, replies)
 
     def close(self, silo: bytes, request: CloseRun) -> list[Reply]:
         """A silo is done with a run; before the last step that ends it. Raises `UnknownNameError`."""
-        self.holdings.run(silo, request.run)
-        return self._leave(silo, request.run, None, [Reply(silo, Done(id=request.id))])
+        run = self.holdings.run(silo, request.run)
+        return self._leave(silo, run, None, [Reply(silo, Done(id=request.id))])
 
     def gone(self, silo: bytes, name: str, who: str) -> list[Reply]:
         """A silo called `who` vanished from a run, which waits for it if it survives."""
-        run = self.holdings.runs[name]
+        run = self.holdings.run(silo, name)
         if run.durable is None:
-            return self._leave(silo, name, who, [])
-        self.activations.drop_all(name, silo)
-        replies = self._begun_anew(name, run.ledger.away(silo))
-        self._free_if_empty(name)
+            return self._leave(silo, run, who, [])
+        self.activations.drop_all(run, silo)
+        replies = self._begun_anew(run, run.ledger.away(silo))
+        self._free_if_empty(run)
         return replies
 
     def forget(self, silo: bytes) -> None:
@@ -116,9 +117,8 @@ class Runs:
         for asked in self._waiting.values():
             asked[:] = [each for each in asked if silo not in (each[0], b"")]
 
-    def _leave(self, silo: bytes, name: str, who: str | None, done: list[Reply]) -> list[Reply]:
-        run = self.holdings.runs[name]
-        self.activations.drop_all(name, silo)
+    def _leave(self, silo: bytes, run: TrunkRun, who: str | None, done: list[Reply]) -> list[Reply]:
+        self.activations.drop_all(run, silo)
         replies = []
         for member, commit in run.leave(silo, who).items():
             try:
@@ -128,17 +128,16 @@ class Runs:
         if run.durable is not None and (run.ledger.left or not run.ledger.seats):
             self.saver.submit(run.durable.tenure.discard, lambda _: [])
             run.durable.unsaved = False
-        replies += self._durably(name, done)
-        self._free_if_empty(name)
+        replies += self._durably(run, done)
+        self._free_if_empty(run)
         return replies
 
-    def _begun_anew(self, name: str, void: dict[bytes, Commit] | None) -> list[Reply]:
+    def _begun_anew(self, run: TrunkRun, void: dict[bytes, Commit] | None) -> list[Reply]:
         """If the step begins anew, nothing of it is kept, and who waits in vain is told."""
         if void is None:
             return []
-        run = self.holdings.runs[name]
         run.void()
-        self.activations.drop_all(name)
+        self.activations.drop_all(run)
         error = UnavailableError(
             f"step {run.ledger.step} begins anew: a silo that had a part in it was lost",
             side="silo",
@@ -146,29 +145,28 @@ class Runs:
         )
         return [told(member, commit, error) for member, commit in void.items()]
 
-    def _free_if_empty(self, name: str) -> None:
-        run = self.holdings.runs.get(name)
-        if run is not None and not run.ledger.members:
-            self.activations.forget(run, name)
-            self.holdings.close_run(name)
+    def _free_if_empty(self, run: TrunkRun) -> None:
+        if not run.ledger.members and self._here(run):
+            self.activations.forget(run)
+            self.holdings.close_run(run)
 
-    def _durably(self, name: str, replies: list[Reply]) -> list[Reply]:
+    def _here(self, run: TrunkRun) -> bool:
+        return any(run is other for other in self.holdings.runs.values())
+
+    def _durably(self, run: TrunkRun, replies: list[Reply]) -> list[Reply]:
         """The replies, or none yet: they are held until all that the run did before is saved."""
-        run = self.holdings.runs[name]
         durable = run.durable
         if durable is None or not (durable.unsaved or (durable.saving and replies)):
             return replies
         save: Callable[[], None] = lambda: None  # noqa: E731
         if durable.unsaved:
-            save = partial(durable.tenure.save, *self.holdings.state_of(name))
+            save = partial(durable.tenure.save, *self.holdings.state_of(run))
         durable.unsaved = False
         durable.saving += 1
-        self.saver.submit(save, partial(self._saved, name, run, replies))
+        self.saver.submit(save, partial(self._saved, run, replies))
         return []
 
-    def _saved(
-        self, name: str, run: TrunkRun, replies: list[Reply], came: TrunklineError | None
-    ) -> list[Reply]:
+    def _saved(self, run: TrunkRun, replies: list[Reply], came: TrunklineError | None) -> list[Reply]:
         """Release what waited for a save. After one that failed, the run goes no further here."""
         assert run.durable is not None
         run.durable.saving -= 1
@@ -181,9 +179,9 @@ class Runs:
             else Reply(reply.silo, error_header(reply.header.id, failure))
             for reply in replies
         ]
-        if self.holdings.runs.get(name) is run:
-            self._log.warn("run given up: its state is not saved", run=name, why=str(failure))
+        if self._here(run):
+            self._log.warn("run given up: its state is not saved", run=run.durable.name, why=str(failure))
             replies += [told(member, commit, failure) for member, commit in run.ledger.commits.items()]
             run.ledger.members.clear()
-            self._free_if_empty(name)
+            self._free_if_empty(run)
         return replies

@@ -50,6 +50,7 @@ Outcome = Tensor | TrunklineError | list[Reply] | None
 """What came of a job: its part of a pass, an error, or what to tell whom."""
 
 ACTIVATION_BYTES = 4 << 30
+ADAPTER_BYTES = 8 << 30
 _STALL_S = 0.1
 """How much longer a decode pass may take because a part of a prompt is in it, or twice its time."""
 _LEAST_CHUNK, _FIRST_CHUNK = 16, 64
@@ -65,16 +66,21 @@ class TrunkService:
         kv_bytes: int,
         activation_bytes: int = ACTIVATION_BYTES,
         store: StateStore | None = None,
+        *,
+        kv_share: int | None = None,
+        activation_share: int | None = None,
+        adapter_bytes: int = ADAPTER_BYTES,
     ) -> None:
-        """Bounds on the KV caches of all sessions, and on what waits between forward and backward.
+        """Bounds on the KV caches of all sessions, on what waits between forward and backward, and on
+        adapters; and how much of the first two is each silo's own, all of it by default.
 
         With a `store` runs survive this worker, and silos that vanish.
         """
         self._span, self._card = span, card
         self.busy = Busy(span.device)
-        self.holdings = Holdings(span, card, kv_bytes, self.busy)
+        self.holdings = Holdings(span, card, kv_bytes, kv_share or kv_bytes, adapter_bytes, self.busy)
         self.holdings.asked = self._asked
-        self.activations = Activations(span, activation_bytes)
+        self.activations = Activations(span, activation_bytes, activation_share or activation_bytes)
         self.runs = Runs(self.holdings, self.activations, store)
         self._agenda = Agenda(joint_tokens=span.filling)
         self._works: dict[Job, Work] = {}
@@ -245,9 +251,10 @@ class TrunkService:
         run = self.holdings.run(work.silo, request.run)
         run.ledger.check(work.silo)
         key, entry = (work.silo, request.run, request.microbatch), work.tensors[0]
-        self.activations.check_room(key, entry)
+        batch = MicroBatch(key, run, entry, request.lengths, work.mask)
+        self.activations.check_room(batch)
         run.ledger.takes_part(work.silo)
-        return MicroBatch(key, run, entry, request.lengths, work.mask)
+        return batch
 
     def _gradient(self, share: Share) -> Gradient:
         work = self._works[share.job]

@@ -115,3 +115,14 @@ def refusal(process: subprocess.Popen[str]) -> tuple[int, str]:
     assert out == ""
     (line,) = err.splitlines()
     return process.returncode, line
+
+
+def test_its_options_are_the_quotas(
+    trunkline: Any, connect: Any, introduce: Any, ask: Any, opening: Any
+) -> None:
+    most = ("--max-requests", "9", "--max-mib", "1")
+    (line,) = lines(trunkline("broker", "--listen", "tcp://127.0.0.1:0", *most), 1)
+    link = connect(line.removeprefix("listening on "), introduce("silo"))
+    error = ask(link, opening("s", id=1), [bytes((1 << 20) + 1)]).header
+    assert isinstance(error, Error)
+    assert (error.code, f"{1 << 20} of a silo may wait" in error.what) == ("limit", True)

@@ -392,7 +392,7 @@ def test_a_workers_death_is_told_to_all_who_wait_and_once(desk: Any, how: str) -
     assert not any(isinstance(h, Error) for silo in silos for h in silo.read())
     states = [desk.router.registry.silos[silo.alias] for silo in silos]
     assert [list(state.pending) for state in states] == [[], [4], []]
-    assert [state.pending_bytes for state in states] == [0, 0, 0]
+    assert [state.account.bytes for state in states] == [0, 0, 0]
 
 
 def test_what_left_with_a_worker_is_told_until_it_is_opened_again(desk: Any) -> None:
@@ -518,6 +518,7 @@ def test_a_silo_that_attaches_again_keeps_what_it_has(desk: Any) -> None:
 
 def test_a_worker_that_attaches_again_keeps_what_it_has(desk: Any) -> None:
     worker, silo = desk.worker("a"), desk.silo()
+    worker.says(Heartbeat())
     silo.opens("s", 1)
     silo.joins("r", 2)
     worker.reattaches()
@@ -563,6 +564,19 @@ def test_a_name_whose_open_was_interrupted_is_what_the_worker_says_later(desk: A
         assert desk.load(worker) == willing
         silo.leaves()
         worker.leaves()
+
+
+@pytest.mark.parametrize("role", ["silo", "worker"])
+def test_who_may_not_have_read_its_welcome_hears_it_again(desk: Any, role: str) -> None:
+    """Or it would never know that the broker before this one is gone, and what it had there."""
+    peer = getattr(desk, role)()
+    peer.reattaches()
+    assert peer.read() == [Welcome(heartbeat=1.0)]
+    peer.says(Heartbeat())
+    peer.read()
+    peer.reattaches()
+    assert peer.read() == [Welcome(heartbeat=1.0, resumed=True)]
+    assert len(desk.router.peers) == 1
 
 
 def test_attaching_twice_on_one_connection_changes_nothing(desk: Any) -> None:

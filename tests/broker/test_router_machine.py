@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from broker.parcel import Parcel
 from broker.pool import alias_of
+from broker.quota import Account
 from broker.router import Limits, Router, Send
 from broker.silo import Hold
 from codec.messages import (
@@ -173,6 +174,7 @@ workers = st.integers(0, 2)
 names = st.sampled_from("aab")
 sizes = st.sampled_from([0, 1, 30])
 spans = st.sampled_from([(1, 2), (3, 4), (1, 5)])
+members = st.sampled_from([(), (), ("s0", "s1"), ("s0", "s2")])
 tokens = st.sampled_from([1, 1, 2, 5])
 willing = st.sampled_from([True, True, True, False])
 rarely = st.sampled_from([False, False, False, True])
@@ -182,11 +184,14 @@ many = st.integers(1, 3)
 class Routing(RuleBasedStateMachine):
     """Three silos, three workers that host different spans, two names, small quotas and credits."""
 
-    @initialize()
-    def begin(self) -> None:
-        self.router = Router(Limits(silence=SILENCE, requests=6, bytes=130))
+    @initialize(keyed=st.booleans())
+    def begin(self, keyed: bool) -> None:
+        """With keys the first two silos have the same one."""
+        self.router = Router(Limits(silence=SILENCE, requests=6, bytes=130, sessions=3, attaches=1 << 20))
+        self.router.registry.keyed = keyed
         self.now = 0.0
-        self.silos = [Silo(Attach(role="silo", name=f"s{i}", peer=bytes([i]) * 16)) for i in range(3)]
+        owners = ["s0", "s0" if keyed else "s1", "s2"]
+        self.silos = [Silo(Attach(role="silo", name=n, peer=bytes([i]) * 16)) for i, n in enumerate(owners)]
         self.workers = [
             Worker(Attach(role="worker", name=f"w{i}", peer=bytes([9, i]) * 8, model=CARD, **fields))
             for i, fields in enumerate(
@@ -243,6 +248,23 @@ class Routing(RuleBasedStateMachine):
                 self.deliver(self.router.lost(peer.route))
             self.gone({peer.route})
 
+    @rule(silo=silos, pick=names, moves=st.booleans(), really=rarely)
+    def silo_goes_and_then_its_worker(self, silo: int, pick: str, moves: bool, really: bool) -> None:
+        """The worker has a request of a silo that is gone, and goes too, or comes on a new connection."""
+        if not really:
+            return
+        self.train(silo, pick, 1, 1, False, 1)
+        peer = self.silos[silo]
+        if peer.route in self.router.peers:
+            self.say(peer, Leave())
+            self.gone({peer.route})
+        for worker in self.workers:
+            if worker.route in self.router.peers and any(p.peer == peer.alias for p, _ in worker.inbox):
+                if moves:
+                    self.attach(worker)
+                else:
+                    self.deliver(self.router.lost(worker.route))
+
     @rule(beating=st.sets(st.integers(0, 5), min_size=3))
     def time_passes(self, beating: set[int]) -> None:
         """Some peers fall silent, possibly several at once."""
@@ -268,12 +290,15 @@ class Routing(RuleBasedStateMachine):
         self.ask(silo, OpenSession(id=number, session=name, model=CARD, rows=1, capacity=1, **blocks), size)
         self.nothing_new_for_who_leaves(before, self.held(silo, "sessions", name))
 
-    @rule(silo=silos, name=names, span=spans, size=sizes)
-    def open_run(self, silo: int, name: str, span: tuple[int, int], size: int) -> None:
+    @rule(silo=silos, name=names, span=spans, size=sizes, members=members)
+    def open_run(
+        self, silo: int, name: str, span: tuple[int, int], size: int, members: tuple[str, ...] = ()
+    ) -> None:
         blocks = {"start": span[0], "stop": span[1]}
-        number, before = self.number(silo), self.router.registry.runs.get(name)
-        self.ask(silo, OpenRun(id=number, run=name, model=CARD, plan=RunPlan(silos=2), **blocks), size)
-        home = self.router.registry.runs.get(name)
+        number, before = self.number(silo), self.router.registry.runs.get((members, name))
+        plan = RunPlan(silos=2, members=members)
+        self.ask(silo, OpenRun(id=number, run=name, model=CARD, plan=plan, **blocks), size)
+        home = self.router.registry.runs.get((members, name))
         assert home is before or not home.draining
 
     @rule(
@@ -357,6 +382,9 @@ class Routing(RuleBasedStateMachine):
                     self.gone({peer.route})
             left = self.router.registry
             assert [self.router.peers, left.silos, left.workers, left.runs] == [{}, {}, {}, {}]
+            assert [(account.requests, account.bytes, account.silos) for account in self.accounts()] == [
+                (0, 0, [])
+            ] * len(self.accounts())
 
     # What holds.
 
@@ -372,12 +400,22 @@ class Routing(RuleBasedStateMachine):
                 assert set(pending.hold.workers) <= set(self.router.registry.workers.values())
 
     @invariant()
-    def waiting_bytes_are_those_of_what_waits(self) -> None:
+    def quotas_are_kept(self) -> None:
+        """What silos that are gone have left at workers counts too, until that is answered."""
+        for account in self.accounts():
+            pending = [pending for silo in account.silos for pending in silo.pending.values()]
+            assert len(pending) <= account.requests <= 6
+            assert sum(each.size for each in pending) <= account.bytes <= 130
+            assert sum(len(silo.sessions) for silo in account.silos) <= 3
+        if not any(worker.inbox for worker in self.workers):
+            for account in self.accounts():
+                assert account.requests == sum(len(silo.pending) for silo in account.silos)
+
+    @invariant()
+    def whoever_is_in_a_run_is_one_of_its_members(self) -> None:
         for state in self.router.registry.silos.values():
-            assert state.pending_bytes == sum(pending.size for pending in state.pending.values())
-            assert 0 <= state.pending_bytes <= 130
-            assert len(state.pending) <= 6
-            assert state.pending or state.pending_bytes == 0
+            for hold in state.runs.values():
+                assert not hold.members or state.name in hold.members
 
     @invariant()
     def load_is_what_a_worker_holds(self) -> None:
@@ -389,11 +427,12 @@ class Routing(RuleBasedStateMachine):
 
     @invariant()
     def a_run_has_members_and_they_one_home(self) -> None:
-        joined: dict[str, set[object]] = {}
+        joined: dict[object, set[object]] = {}
         for state in self.router.registry.silos.values():
-            for run, hold in state.runs.items():
+            for name, hold in state.runs.items():
+                assert hold.run[1] == name
                 if not hold.lost:
-                    joined.setdefault(run, set()).add(hold.worker)
+                    joined.setdefault(hold.run, set()).add(hold.worker)
         assert joined == {run: {home} for run, home in self.router.registry.runs.items()}
 
     @invariant()
@@ -405,6 +444,10 @@ class Routing(RuleBasedStateMachine):
                 assert inbox.tokens_under_way or not inbox.waiting
 
     # How it is driven.
+
+    def accounts(self) -> list[Account]:
+        attached = {id(state.account): state.account for state in self.router.registry.silos.values()}
+        return [*attached.values(), *self.router.registry._accounts.values()]
 
     def everyone(self) -> list[Silo | Worker]:
         return [*self.silos, *self.workers]

@@ -76,6 +76,27 @@ def test_a_value_out_of_range_is_named(field: str, value: object) -> None:
     assert field in caught.value.what
 
 
+@pytest.mark.parametrize(
+    ("silos", "members", "what"),
+    [
+        (1, ("north", "south"), "2 members are named"),
+        (2, ("south", "north"), "must be sorted"),
+        (2, ("north", "north"), "each named once"),
+        (2, ("", "north"), "length >= 1"),
+    ],
+)
+def test_members_are_sorted_and_as_many_as_the_silos(silos: int, members: Any, what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        checked_plan(silos=silos, members=members)
+    raw = msgspec.msgpack.encode({"silos": silos, "members": members})
+    with pytest.raises(msgspec.ValidationError, match=what):
+        msgspec.msgpack.decode(raw, type=RunPlan)
+
+
+def test_members_are_part_of_the_plan() -> None:
+    assert checked_plan(silos=2, members=("north", "south")).members == ("north", "south")
+
+
 @pytest.mark.parametrize("plan", [RunPlan(), LoraPlan(), ModelCard("m", "f", 4, 8, {2: "ab"})])
 def test_plans_and_cards_cannot_be_changed(plan: Any) -> None:
     field = plan.__struct_fields__[0]

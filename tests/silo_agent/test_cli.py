@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from trunkline import main
@@ -151,3 +152,13 @@ def test_options_that_click_refuses(
     assert why in said.err
     assert "Traceback" not in said.err
     assert said.out == ""
+
+
+def test_members_mean_the_same_however_they_are_written() -> None:
+    from silo_agent.train_command import train_command
+
+    (option,) = [option for option in train_command.params if option.name == "members"]
+    context = click.Context(train_command)
+    for written in ("south,north", "north, south"):
+        assert option.process_value(context, written) == ("north", "south")
+    assert option.process_value(context, None) == ()

@@ -77,7 +77,7 @@ def grads(runs: Runs) -> list[Tensor]:
 
 def alone(span: Span, runs: Runs) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Outputs, gradients at the inputs, and adapters' gradients, one micro-batch after another."""
-    store, outputs, inputs = Activations(span, AMPLE), [], []
+    store, outputs, inputs = Activations(span, AMPLE, AMPLE), [], []
     for one in work(runs):
         outputs += store.forward([one])
         inputs += store.backward([gradient(one)])
@@ -94,7 +94,7 @@ def assert_close(found: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> No
 @pytest.mark.parametrize("order", [[[0, 1, 2]], [[0], [1], [2]], [[2, 0], [1]]], ids=str)
 def test_together_is_as_alone(span: Span, runs: Runs, budget: int, order: list[list[int]]) -> None:
     outputs, inputs, adapters = alone(span, runs)
-    store, batches = Activations(span, AMPLE), work(runs)
+    store, batches = Activations(span, AMPLE, AMPLE), work(runs)
     if budget < AMPLE:
         store.forward([batch(runs, NORTH, "first", 9, 1)])  # What activations take is known now.
         store.drop((NORTH, "first", 9))
@@ -114,9 +114,9 @@ def test_together_is_as_alone(span: Span, runs: Runs, budget: int, order: list[l
 
 def test_a_silo_that_leaves_takes_its_part_out_of_the_group(span: Span, runs: Runs) -> None:
     _, inputs, _ = alone(span, runs)
-    store, batches = Activations(span, AMPLE), work(runs)
+    store, batches = Activations(span, AMPLE, AMPLE), work(runs)
     store.forward(batches)
-    store.drop_all("first", SOUTH)
+    store.drop_all(runs["first"], SOUTH)
     back = store.backward([gradient(batches[0]), gradient(batches[2])])
     assert_close(back, [inputs[0], inputs[2]])
     with pytest.raises(UnknownNameError, match="no micro-batch 1 of yours"):
@@ -127,7 +127,7 @@ def test_a_silo_that_leaves_takes_its_part_out_of_the_group(span: Span, runs: Ru
 
 def test_a_step_of_one_run_does_not_spoil_another_that_went_forward_with_it(span: Span, runs: Runs) -> None:
     _, inputs, _ = alone(span, runs)
-    store, batches = Activations(span, AMPLE), work(runs)
+    store, batches = Activations(span, AMPLE, AMPLE), work(runs)
     store.forward(batches)
     store.backward([gradient(batches[0]), gradient(batches[1])])
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_step_of_one_run_does_not_spoil_another_that_went_forward_with_it(span
 
 
 def test_sent_again_it_begins_anew(span: Span, runs: Runs) -> None:
-    store, one = Activations(span, AMPLE), batch(runs, NORTH, "first", 0, 5)
+    store, one = Activations(span, AMPLE, AMPLE), batch(runs, NORTH, "first", 0, 5)
     store.forward([one])
     held = store.held
     store.forward([batch(runs, NORTH, "first", 0, 5)])
@@ -146,25 +146,25 @@ def test_sent_again_it_begins_anew(span: Span, runs: Runs) -> None:
 
 
 def test_a_gradient_that_nobody_wants_is_not_computed(span: Span, runs: Runs) -> None:
-    store, one = Activations(span, AMPLE), batch(runs, NORTH, "first", 0, 5)
+    store, one = Activations(span, AMPLE, AMPLE), batch(runs, NORTH, "first", 0, 5)
     store.forward([one])
     assert store.backward([gradient(one, wanted=False)]) == [None]
     assert all(p.grad is not None for p in runs["first"].parameters.values())
 
 
 def test_what_does_not_fit_is_refused_clearly(span: Span, runs: Runs) -> None:
-    store, one = Activations(span, 2000), batch(runs, NORTH, "first", 0, 5)
-    store.check_room(one.key, one.entry)
+    store, one = Activations(span, 2000, 2000), batch(runs, NORTH, "first", 0, 5)
+    store.check_room(one)
     store.forward([one])
     with pytest.raises(LimitError, match="wait for their backward"):
-        store.check_room((NORTH, "first", 1), batch(runs, NORTH, "first", 1, 5).entry)
+        store.check_room(batch(runs, NORTH, "first", 1, 5))
     with pytest.raises(MismatchError, match=r"a gradient \(4, 64\) for an output \(5, 64\)"):
         store.check(Gradient(one.key, torch.zeros(4, HIDDEN)))
 
 
 def test_the_measure_of_a_graph_is_what_it_holds(span: Span, runs: Runs) -> None:
     """Against all tensors that autograd reaches from the output, weights left out."""
-    store, one = Activations(span, AMPLE), batch(runs, NORTH, "first", 0, 40)
+    store, one = Activations(span, AMPLE, AMPLE), batch(runs, NORTH, "first", 0, 40)
     store.forward([one])
     output = store._kept[one.key].output
     assert output is not None
@@ -192,7 +192,7 @@ def test_a_graph_that_never_goes_backward_is_freed(span: Span, runs: Runs) -> No
 
     def left_over() -> int:
         """Tensors there are once a measured forward is over and dropped."""
-        store, one = Activations(span, AMPLE), batch(runs, NORTH, "first", 0, 5)
+        store, one = Activations(span, AMPLE, AMPLE), batch(runs, NORTH, "first", 0, 5)
         store.forward([one])
         store.drop(one.key)
         del store, one

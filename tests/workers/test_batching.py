@@ -239,7 +239,7 @@ def train(desk: Desk, silos: Sequence[bytes], together: bool) -> tuple[list[Tens
             answers, used = desk.serve(*group)
             passes += used
             outputs += [tensor(answers[parcel.header.id]) for parcel in group]
-    run = desk.service.holdings.runs["r"]
+    run = desk.service.holdings.runs[(), "r"]
     outputs += [p.grad.clone() for p in run.parameters.values() if p.grad is not None]
     desk.serve(*(desk.parcel(silo, CloseRun(run="r")) for silo in silos))
     return outputs, passes

@@ -458,7 +458,7 @@ def test_sessions_that_come_and_go_do_not_disturb_a_backward(busy: Office) -> No
             busy.compute(EAST, extend([0], [0], [2], "n"), [hidden(2)])
             assert isinstance(busy.ask(EAST, CloseSession(session="n")), Done)
         gradient = busy.compute(NORTH, Backward(run="r", microbatch=number), [torch.ones_like(out)])
-        run = busy.service.holdings.runs["r"]
+        run = busy.service.holdings.runs[(), "r"]
         grads = {name: p.grad.clone() for name, p in run.parameters.items() if p.grad is not None}
         for parameter in run.parameters.values():
             parameter.grad = None

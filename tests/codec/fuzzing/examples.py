@@ -19,6 +19,9 @@ def _struct(info: inspect.StructType, rng: Random, given: dict[str, Any]) -> Any
         optional = field.default is not NODEFAULT or field.default_factory is not NODEFAULT
         if field.name not in fields and not (optional and rng.random() < 0.3):
             fields[field.name] = _draw(field.type, rng)
+    if fields.get("members"):  # In order, and as many as the silos.
+        fields["members"] = tuple(sorted(set(fields["members"])))
+        fields["silos"] = len(fields["members"])
     return info.cls(**fields)
 
 
