@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
-_OPTIONS = [
+_BROKER = [
     click.option("--broker", required=True, metavar="URL", help="The broker, tcp://127.0.0.1:7555."),
+]
+_MODEL = [
     click.option("--model", required=True, help="Hub id, directory, or a name `models fetch` knows."),
     click.option("--head", default=2, show_default=True, metavar="P", help="Blocks kept before the trunk."),
     click.option("--tail", default=2, show_default=True, metavar="Q", help="Blocks kept after the trunk."),
@@ -54,6 +56,8 @@ _OPTIONS = [
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True),
+]
+_LINK = [
     click.option(
         "--name", default=socket.gethostname, help="How others' logs call this silo, if it has no key."
     ),
@@ -71,10 +75,9 @@ _OPTIONS = [
 
 
 @dataclass(frozen=True, slots=True)
-class SiloOptions:
-    """The shared options as given."""
+class ModelOptions:
+    """The options that say what the silo computes and how it crosses, as given."""
 
-    broker: str
     model: str
     head: int
     tail: int
@@ -85,17 +88,24 @@ class SiloOptions:
     wire: "Choice"
     device: str
     dtype: str
-    name: str
-    key: Path | None
-    broker_key: str | None
-    wait: float
-    deadline: float
 
     def scale(self) -> "NoiseScale":
         """The noise asked for. Raises `UsageError`."""
         from silo_agent.noise import NoiseScale
 
         return NoiseScale(self.noise, self.noise_abs, self.noise_mean_abs)
+
+
+@dataclass(frozen=True, slots=True)
+class SiloOptions(ModelOptions):
+    """The shared options as given."""
+
+    broker: str
+    name: str
+    key: Path | None
+    broker_key: str | None
+    wait: float
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +163,11 @@ def gathered(name: str, kind: Callable[..., Any], options: Sequence[Callable[[An
     return decorate
 
 
-silo_options = gathered("options", SiloOptions, _OPTIONS)
+silo_options = gathered("options", SiloOptions, [*_BROKER, *_MODEL, *_LINK])
 """Add the shared options to a command; it gets them as one `SiloOptions` named `options`."""
+
+model_options = gathered("options", ModelOptions, _MODEL)
+"""The same for a command that talks to no broker; it gets a `ModelOptions`."""
 
 
 @contextmanager
