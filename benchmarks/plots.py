@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from codec.errors import UsageError
+from silo_agent.pictures import pyplot as _pyplot
 
 
 def rate_distortion(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -114,17 +114,3 @@ def picture_beside(report: Path | None, wanted: bool) -> Path | None:
 def _family(row: Mapping[str, Any]) -> str:
     wire = str(row["wire"])
     return "q" if wire.startswith("q") else wire
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError(
-            "a plot needs matplotlib",
-            hint="pip install 'trunkline[plots]', or leave the plot out: --no-plot.",
-        ) from None
-    matplotlib.use("Agg")  # No window: the picture goes to a file.
-    from matplotlib import pyplot
-
-    return pyplot

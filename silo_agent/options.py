@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
-_OPTIONS = [
+_BROKER = [
     click.option(
         "--broker",
         required=True,
@@ -39,6 +39,8 @@ _OPTIONS = [
         help="The broker, tcp://127.0.0.1:7555. Several, one option for each, are used one at a time: "
         "the next when one is lost or has no worker.",
     ),
+]
+_MODEL = [
     click.option("--model", required=True, help="Hub id, directory, or a name `models fetch` knows."),
     click.option("--head", default=2, show_default=True, metavar="P", help="Blocks kept before the trunk."),
     click.option("--tail", default=2, show_default=True, metavar="Q", help="Blocks kept after the trunk."),
@@ -61,6 +63,8 @@ _OPTIONS = [
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True),
+]
+_LINK = [
     click.option(
         "--name", default=socket.gethostname, help="How others' logs call this silo, if it has no key."
     ),
@@ -78,10 +82,9 @@ _OPTIONS = [
 
 
 @dataclass(frozen=True, slots=True)
-class SiloOptions:
-    """The shared options as given."""
+class ModelOptions:
+    """The options that say what the silo computes and how it crosses, as given."""
 
-    broker: tuple[str, ...]
     model: str
     head: int
     tail: int
@@ -92,17 +95,24 @@ class SiloOptions:
     wire: "Choice"
     device: str
     dtype: str
-    name: str
-    key: Path | None
-    broker_key: str | None
-    wait: float
-    deadline: float
 
     def scale(self) -> "NoiseScale":
         """The noise asked for. Raises `UsageError`."""
         from silo_agent.noise import NoiseScale
 
         return NoiseScale(self.noise, self.noise_abs, self.noise_mean_abs)
+
+
+@dataclass(frozen=True, slots=True)
+class SiloOptions(ModelOptions):
+    """The shared options as given."""
+
+    broker: tuple[str, ...]
+    name: str
+    key: Path | None
+    broker_key: str | None
+    wait: float
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +170,17 @@ def gathered(name: str, kind: Callable[..., Any], options: Sequence[Callable[[An
     return decorate
 
 
-silo_options = gathered("options", SiloOptions, _OPTIONS)
+silo_options = gathered("options", SiloOptions, [*_BROKER, *_MODEL, *_LINK])
 """Add the shared options to a command; it gets them as one `SiloOptions` named `options`."""
 
-_BROKER_IF_ANY = click.option("--broker", default="", metavar="URL", help="Measure the way through it too.")
-silo_options_offline = gathered("options", SiloOptions, [_BROKER_IF_ANY, *_OPTIONS[1:]])
+_BROKER_IF_ANY = click.option(
+    "--broker", multiple=True, metavar="URL", help="Measure the way through it too."
+)
+silo_options_offline = gathered("options", SiloOptions, [_BROKER_IF_ANY, *_MODEL, *_LINK])
 """The same for a command that can do without a broker; it is empty then."""
+
+model_options = gathered("options", ModelOptions, _MODEL)
+"""The same for a command that talks to no broker; it gets a `ModelOptions`."""
 
 
 def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":

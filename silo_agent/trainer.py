@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from codec.errors import ProtocolError, TrunklineError
 from codec.messages import Backward, Commit, Committed, Forward, Result
 from codec.plan import RunPlan
 from silo_agent.ends import Ends
+from silo_agent.loss import loss_and_gradient
 from silo_agent.microbatch import MicroBatch
 from silo_agent.noise import Noise, repeatable
 from silo_agent.packed import Packed, pack
@@ -261,7 +261,8 @@ class Trainer:
             return
         (output,) = expect(arrival, 1)
         _check_shape(output, flight.sent)
-        gradient = self._tail(output, flight.batch)
+        loss, gradient = loss_and_gradient(self._ends, output, flight.batch)
+        self._loss += loss
         request = Backward(
             run=self._run,
             microbatch=flight.number,
@@ -271,18 +272,6 @@ class Trainer:
         flight.returning = True
         wire = self._wires.pick("tail → trunk (gradient)", *gradient.shape)
         self._send(flight, pack(request, [gradient], wire=wire, stochastic=True))
-
-    def _tail(self, output: Tensor, batch: MicroBatch) -> Tensor:
-        """Loss and tail backward; the gradient `[T, hidden]` of the summed loss at the trunk's output."""
-        tail = self._ends.tail
-        leaf = output.to(tail.device, tail.dtype).requires_grad_()
-        key = self._ends.adapter_key
-        logits = tail.run(leaf, batch.lengths, adapter=key, keep=batch.keep, mask=batch.mask).float()
-        loss = F.cross_entropy(logits, batch.targets.to(tail.device), reduction="sum")
-        loss.backward()
-        self._loss += loss.item()
-        assert leaf.grad is not None
-        return leaf.grad
 
     def _commit(self, loss_tokens: int, following: Sequence[MicroBatch]) -> Committed:
         shared = self._plan.ends == "shared"

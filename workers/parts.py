@@ -30,6 +30,9 @@ class Part:
     """Bool `[T, T]`, which new tokens of a sequence see which, where that is not causal."""
     keep: Tensor | None = None
     """For a span that predicts: the packed positions that get logits; all if None."""
+    positions: Tensor | None = None
+    """int64 `[T]`, where in their sequences the tokens stand, if not one behind the other: several
+    candidates for one place, say."""
 
     @property
     def tokens(self) -> int:

@@ -155,9 +155,10 @@ class Span:
         caches: Sequence[RowCache] | None = None,
         mask: Tensor | None = None,
         keep: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Run one part alone: see `Part` for the arguments and `run_parts` for result and errors."""
-        return self.run_parts([Part(packed, lengths, blocks, adapter, caches, mask, keep)])[0]
+        return self.run_parts([Part(packed, lengths, blocks, adapter, caches, mask, keep, positions)])[0]
 
     def run_parts(self, parts: Sequence[Part]) -> list[Tensor]:
         """Run all parts in one pass; each joins it at its first block and leaves it after its last.
@@ -209,7 +210,7 @@ class Span:
         squares = [square for part in parts for square in part.squares(self.device)] if masked else None
         starts = [cache.length for cache in caches] if caches else [0] * len(lengths)
         arguments: dict[str, object] = {
-            "position_ids": positions(starts, lengths, self.device)[None],
+            "position_ids": _positions(parts, starts, lengths, self.device)[None],
             "packing": Packing(lengths, caches or None, squares),
             "use_cache": False,
             "input_ids" if self._embeds else "inputs_embeds": joined[None],
@@ -256,6 +257,18 @@ class Span:
 
 def _cat(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _positions(
+    parts: Sequence[Part], starts: Sequence[int], lengths: Sequence[int], device: torch.device
+) -> Tensor:
+    """Position of every packed token: as its part says, else counted up from its sequence's start."""
+    counted = positions(starts, lengths, device)
+    if all(part.positions is None for part in parts):
+        return counted
+    own = counted.split([part.tokens for part in parts])
+    told = [c if p.positions is None else p.positions.to(device) for p, c in zip(parts, own, strict=True)]
+    return _cat(told)
 
 
 def _kept(parts: Sequence[Part], device: torch.device) -> Tensor:
