@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,14 @@ def _disturbed(
     talkers = [Talker(checkpoint, settings.cut, stage.endpoint) for _ in range(settings.silos)]
     exchanges = talkers[0].rehearse(dice, _EXCHANGES)
     lives = [
-        threading.Thread(target=talker.live, args=(dice.getrandbits(32), exchanges, tally, stop))
-        for talker in talkers
+        threading.Thread(target=_told, args=(tally, live, dice.getrandbits(32), exchanges, tally, stop))
+        for live in (talker.live for talker in talkers)
     ]
     if settings.train:
         progress("training undisturbed")
         run = Run(settings.model, settings.cut, settings.steps)
         training = Training(processes, stage, run, folder, tally)
-        lives.append(threading.Thread(target=training.live, args=(training.rehearse(), stop)))
+        lives.append(threading.Thread(target=_told, args=(tally, training.live, training.rehearse(), stop)))
     for life in lives:
         life.daemon = True
         life.start()
@@ -96,6 +97,14 @@ def _disturbed(
         if life.is_alive():
             tally.failed(f"still waiting {_FINISH_S:g} s after the last disturbance")
     return _results(settings, tally, stage, exchanges, begun)
+
+
+def _told(tally: Tally, live: Callable[..., None], *arguments: object) -> None:
+    """A life that ends by a defect is a loss too."""
+    try:
+        live(*arguments)
+    except Exception as error:
+        tally.failed(f"{type(error).__name__}: {error}")
 
 
 def _results(

@@ -31,7 +31,7 @@ _NEAR = 1e-6
     help="Seconds to the next, on average.",
 )
 @click.option(
-    "--silence", type=click.FloatRange(min=2.0), default=2.0, show_default=True, help="The broker's."
+    "--silence", type=click.FloatRange(min=2.0), default=10.0, show_default=True, help="The broker's."
 )
 @click.option("--plot/--no-plot", default=True, show_default=True, help="A PNG beside --json.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
@@ -41,7 +41,7 @@ def chaos(model: str, head: int, tail: int, plot: bool, json_path: Path | None, 
     A request is a generation or a training step. Lost is one whose user got an error, wrong a generation
     whose tokens are not the undisturbed one's. A wait of 0.25 s or more for the trunk that a disturbance
     reaches into is a recovery; it is counted from the disturbance to the answer, at the silo. Ends with
-    exit code 1 if anything was lost, wrong, or ended unasked.
+    exit code 1 if anything was lost, wrong, or ended unasked, or nothing was done at all.
 
     \b
     Examples:
@@ -64,8 +64,9 @@ def chaos(model: str, head: int, tail: int, plot: bool, json_path: Path | None, 
     if picture is not None:
         chaos_timeline(results["timeline"], picture)
         click.echo(f"plot: {picture}")
-    difference = results["adapter_max_abs_diff"]
-    if results["lost"] or results["wrong"] or results["fallen"] or (difference or 0.0) > _NEAR:
+    wrong = results["lost"] or results["wrong"] or results["fallen"]
+    idle = not results["generations"] or (settings.train and not results["training_runs"])
+    if wrong or idle or (results["adapter_max_abs_diff"] or 0.0) > _NEAR:
         raise SystemExit(1)
 
 

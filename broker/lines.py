@@ -22,8 +22,10 @@ class Lines:
 
     def attached(self, route: bytes, connection: int, now: float) -> None:
         """Somebody attached over this connection. Whoever had one of the same number has none now."""
-        if self._routes.get(connection) != route:
-            self._end(connection, now)
+        former = self._routes.get(connection)
+        if former is not None and former != route:
+            self._doubted[former] = now
+            self._connections.pop(former, None)
         self._routes[connection], self._connections[route] = route, connection
 
     def quiet_for(self, route: bytes) -> float | None:
@@ -36,14 +38,9 @@ class Lines:
         The number of a connection that ended may be another's already, so one or the other may live.
         """
         for connection in ended:
-            self._end(connection, now)
+            if (route := self._routes.get(connection)) is not None:
+                self._doubted[route] = now
         due = [route for route, at in self._doubted.items() if now - at >= _GRACE_S]
         for route in due:
             del self._doubted[route]
         return due
-
-    def _end(self, connection: int, now: float) -> None:
-        route = self._routes.pop(connection, None)
-        if route is not None:
-            self._doubted[route] = now
-            self._connections.pop(route, None)

@@ -212,14 +212,14 @@ class ZmqLink:
             if watch.events in ready:
                 for failure in watch.failures():
                     self._act(socket, self._state.unshaken(failure, time.monotonic()))
-            if self._unserved.is_set():
-                self._unserved.clear()
-                self._act(socket, self._state.elsewhere(time.monotonic()))
             if (now := time.monotonic()) >= look:
                 look = now + _LOOK_S
                 self._state.felt(now - (quiet_for(watch.connection) or 0.0))
             self._act(socket, self._state.tick(time.monotonic()))
             self._flush(socket)
+            if self._unserved.is_set():  # Last: nothing more is said to a broker that is left.
+                self._unserved.clear()
+                self._act(socket, self._state.elsewhere(time.monotonic()))
 
     def _leave(self, socket: "zmq.Socket[bytes]") -> None:
         """Say goodbye, and wait until the broker has read it and with it everything before."""

@@ -11,8 +11,10 @@ from broker.speed import SpeedMeter
 from codec.errors import LinkError, RefusedError, TrunklineError, UnavailableError, from_code
 from codec.messages import (
     ENCODINGS,
+    Answer,
     AnyHeader,
     Attach,
+    Drain,
     Encodings,
     Error,
     Gone,
@@ -85,6 +87,7 @@ class LinkState:
         self._sent = float("-inf")
         self._heartbeat = 1.0
         self._waiting: dict[int, None] = {}
+        self._draining = False
 
     def arrived(self, parcel: Parcel, now: float) -> list[Action]:
         """A message came from the broker."""
@@ -97,7 +100,8 @@ class LinkState:
             self._heartbeat = header.heartbeat
             self.encodings = header.encodings
             self.unsent()  # The next tick beats at once: it measures the round trip.
-            return self._forgotten(_RESTARTED) if again and not header.resumed else []
+            drain: list[Action] = [Transmit(Drain())] if self._draining and not header.resumed else []
+            return drain + (self._forgotten(_RESTARTED) if again and not header.resumed else [])
         if isinstance(header, Heartbeat):
             self.meter.echoed(header.id, now)
             return []
@@ -105,7 +109,10 @@ class LinkState:
             if header.code == LinkError.code:
                 return self._lose(now)
             return self._refused(from_code(header.code, header.what, header.hint, header.side), now)
-        self._waiting.pop(header.id, None)
+        if isinstance(header, Answer):
+            if header.id not in self._waiting:
+                return []  # It came late: its request failed with a connection that broke.
+            del self._waiting[header.id]
         return [Deliver(parcel)]
 
     def unshaken(self, failure: Failure, now: float) -> list[Action]:
@@ -143,6 +150,7 @@ class LinkState:
         """A message of the owner left, with `size` bytes of tensors."""
         if isinstance(header, Request):
             self._waiting[header.id] = None
+        self._draining |= isinstance(header, Drain)  # Each broker that does not know it is told.
         return [self._beat(now)] if self.meter.sent(size, now) else []
 
     def unsent(self) -> None:

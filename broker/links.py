@@ -15,7 +15,7 @@ from broker.speed import Speed
 from broker.ways import Ways
 from codec.errors import LinkError, TrunklineError
 from codec.logs import Log
-from codec.messages import ENCODINGS, Attach, Drain, Encodings
+from codec.messages import ENCODINGS, Attach, Drain, Encodings, Gone
 
 _LOOK_S = 0.1
 _RETRY_S = 5.0
@@ -118,6 +118,8 @@ class Links:
             except TrunklineError as error:
                 Log("links").warn("a broker is lost", endpoint=self._endpoints[number], why=str(error))
                 self._errors[number] = error
+                # A link that is made anew knows nothing: it could not tell that its silos' names are gone.
+                self._inbox.put((number, Parcel.of(Gone(name="every silo"))))
                 if not self._closing.wait(_RETRY_S):
                     self._links[number].close()
                     self._links[number] = self._connect(self._endpoints[number])

@@ -94,7 +94,8 @@ class Router:
         heard, heartbeat = now - peer.last_heard, self.limits.heartbeat
         if heard <= heartbeat:
             return False
-        return heard > self.limits.silence or (quiet_for(peer.route) or 0.0) > self.limits.BEATS * heartbeat
+        silence = max(self.limits.silence, 3 * heartbeat)
+        return heard > silence or (quiet_for(peer.route) or 0.0) > self.limits.BEATS * heartbeat
 
     def farewell(self) -> list[Send]:
         """The broker is about to end: every peer looks for one now, and not after a silence."""
@@ -110,11 +111,12 @@ class Router:
 
     def _attach(self, route: bytes, attach: Attach, now: float) -> list[Send]:
         check_attach(attach)
-        self._attaches.check(attach.name if self.registry.keyed else route, self.limits, now)
         alias = alias_of(attach.peer)
         before = self.registry.silos.get(alias) or self.registry.workers.get(alias)
         if before is not None and before.role != attach.role:
             raise ProtocolError(f"this identity is attached as a {before.role}", side=attach.role)
+        if before is None or before.route != route:  # Who knocks while the broker is busy attaches once.
+            self._attaches.check(attach.name if self.registry.keyed else route, self.limits, now)
         # One connection is one peer: under another identity it was somebody else, who is gone.
         other = self.peers.get(route)
         sends = self._forget(other) if other and other is not before else []
@@ -171,7 +173,8 @@ class Router:
         told = {worker for hold in holds for worker in hold.workers}
         for worker in self.registry.workers.values():
             # What it asked for last may have been to close something: that must not stay open.
-            if worker.inbox.withdraw(silo.alias) or worker in told:
+            asked_last = worker.inbox.withdraw(silo.alias) or worker.inbox.owes(silo.alias)
+            if asked_last or worker in told:
                 yield Send(worker.route, Parcel.of(Gone(name=silo.name), peer=silo.alias))
                 yield from self._released(worker)
         for pending in asked:
@@ -200,7 +203,9 @@ class Router:
 
         What it holds is still there. Its silos ask anew, and a late answer is nobody's.
         """
-        error = UnavailableError(f"the connection to worker {worker.name!r} broke", hint=START_AGAIN)
+        error = UnavailableError(
+            f"the connection to worker {worker.name!r} broke", side="broker", hint="Repeat the command."
+        )
         for pending in worker.inbox.renew():
             silo, hold = pending.silo, pending.hold
             pending.settle()

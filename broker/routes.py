@@ -29,7 +29,7 @@ def choose_home(
     hashing). Raises as `choose_route` does.
     """
     able = _able(list(workers), model, blocks, encodings, most=1)
-    return max((w for w in able if w.blocks.contains(blocks)), key=lambda worker: _rank(run, worker))
+    return max((w for w in able if w.blocks.contains(blocks)), key=lambda worker: rank(run, worker.alias))
 
 
 def choose_route(
@@ -44,8 +44,9 @@ def choose_route(
     return _shortest(able, blocks, most=len(blocks))
 
 
-def _rank(run: str, worker: Worker) -> bytes:
-    return hashlib.blake2b(run.encode(), key=worker.alias, digest_size=16).digest()
+def rank(run: str, alias: bytes) -> bytes:
+    """Of all workers the one whose alias has the highest is the run's home."""
+    return hashlib.blake2b(run.encode(), key=alias, digest_size=16).digest()
 
 
 def _able(

@@ -208,10 +208,10 @@ def encode_tensors(
 ) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
     """Several tensors of one message, in order."""
     leaving: Iterable[_Frame] = (_leaving(t, wire, boundary, step, stochastic) for t in tensors)
-    if any(tensor.is_cuda for tensor in tensors):
+    if (gpu := next((tensor.device for tensor in tensors if tensor.is_cuda), None)) is not None:
         # All are told before any is awaited. On a CPU a tensor's frame is made before the next one is
         # touched: both use the same scratch memory.
         leaving = list(leaving)
-        settle(tensors[0].device)
+        settle(gpu)
     pairs = [frame() for frame in leaving]
     return tuple(spec for spec, _ in pairs), [frame for _, frame in pairs]

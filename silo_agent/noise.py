@@ -6,6 +6,7 @@ The paper's mechanism (arXiv 2505.15683). What it protects against and what not:
 import hashlib
 import math
 import os
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class NoiseScale:
 
 Random = Callable[[int], bytes]
 """So many random bytes."""
+Repeatable = Callable[[bytes], Random]
+"""Random bytes for what has this digest."""
 
 
 class Moments(NamedTuple):
@@ -60,21 +63,17 @@ class Moments(NamedTuple):
     square: float = 0.0
 
 
-def repeatable(secret: bytes, step: int, microbatch: int, hidden: Tensor) -> Random:
-    """Random bytes that are the same whenever these hidden states of this micro-batch of a step are noised.
+def repeatable(secret: bytes, step: int, microbatch: int) -> Repeatable:
+    """Random bytes that are the same whenever this micro-batch of this step is noised as it was.
 
     A step that is done again then sends what it sent before: the same hidden states under new noise
-    would average out. Other hidden states, as of a head that a redone step left a little different, get
-    other noise: the same would cancel, and bare their difference. The bytes are SHAKE256's, a function of
-    the place, of a digest of `hidden`, and of `secret`, 32 bytes that nobody else can guess.
+    would average out. Other hidden states, as of a head that a redone step left a little different, or
+    noise of another strength, get other bytes: the same would cancel, and bare the difference. They are
+    SHAKE256's, a function of the place, of what is noised, and of `secret`, 32 bytes that nobody else
+    can guess.
     """
-
-    def random(size: int) -> bytes:
-        values = hidden.detach().cpu().contiguous().view(torch.uint8).numpy()
-        place = step.to_bytes(8, "little") + microbatch.to_bytes(8, "little")
-        return hashlib.shake_256(secret + place + hashlib.blake2b(values).digest()).digest(size)
-
-    return random
+    place = secret + step.to_bytes(8, "little") + microbatch.to_bytes(8, "little")
+    return lambda about: lambda size: hashlib.shake_256(place + about).digest(size)
 
 
 class Noise:
@@ -121,15 +120,18 @@ class Noise:
         """Whether nothing is ever added."""
         return self._scale == NoiseScale()
 
-    def add(self, hidden: Tensor, random: Random | None = None) -> Tensor:
+    def add(self, hidden: Tensor, again: Repeatable | None = None) -> Tensor:
         """`hidden` `[tokens, hidden]` plus noise; gradients pass through unchanged.
 
-        The noise is fresh, or made of `random`.
+        The noise is fresh, or with `again` the same for the same hidden states and strength.
         """
         if self.off:
             return hidden
         sigma = self._scale.sigma(self._observe(hidden.detach()) if self._scale.relative else 0.0)
         self._sigma = sigma
+        # A fixed noise is the same in two runs that differ by how sums are rounded.
+        about = _digest(hidden.detach(), sigma) if again and self._seed is None else b""
+        random = again(about) if again else None
         return hidden + (self._normal(hidden, random) * sigma).to(hidden.dtype)
 
     def _normal(self, like: Tensor, random: Random | None) -> Tensor:
@@ -146,6 +148,12 @@ class Noise:
         square += before.square + delta * delta * before.elements * count / total
         self.moments = Moments(total, before.mean + delta * count / total, square)
         return math.sqrt(square / total)
+
+
+def _digest(hidden: Tensor, sigma: float) -> bytes:
+    """Of what is noised, and how strongly."""
+    values = hidden.cpu().contiguous().view(torch.uint8).numpy().data
+    return hashlib.blake2b(values).digest() + struct.pack("<d", sigma)
 
 
 def system_normal(shape: torch.Size, device: torch.device, random: Random | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from codec.errors import MismatchError, SaveError
+from codec.partition import Partition, Span
 from codec.plan import Name
 from silo_agent.noise import Moments
 from workers.place import Directory
@@ -42,6 +43,11 @@ class Snapshot(Struct, frozen=True, forbid_unknown_fields=True):
     seat: bytes
     terms: dict[str, str]
     standing: Standing
+
+    def cut(self, blocks: int) -> Partition:
+        """How it cuts a model of so many blocks."""
+        trunk = Span.parse(self.terms["trunk"])
+        return Partition(trunk.start, blocks - trunk.stop)
 
     def check(self, terms: Mapping[str, str]) -> None:
         """Raises `MismatchError`, naming it, if something is not as it was when the run began."""

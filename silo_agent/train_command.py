@@ -160,7 +160,11 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
     work = training_work(
         examples, batch=settings.batch, accumulate=settings.accumulate, window=settings.window
     )
-    options = settled(options, given["partition"], work, plan.lora)
+    if unfinished is None:
+        options = settled(options, given["partition"], work, plan.lora)
+    elif given["partition"] == "auto":  # It was settled when the run began.
+        cut = unfinished[0].cut(Checkpoint(options.model).blocks)
+        options = dataclasses.replace(options, head=cut.head, tail=cut.tail)
     with open_silo(options, tokenizer) as silo:
         reports: list[StepReport] = []
         with step_display(given["progress"], plan.steps, options.name) as show:

@@ -171,6 +171,8 @@ class Trainer:
         self._before, self._after, self._secret = standing.before, standing.after, standing.secret
         self._noise.moments = standing.after
         self._prepared.clear()
+        if standing.loss_tokens is not None and all(kept is not standing for kept, _ in self._stood):
+            self._stood.append((standing, dict(tensors)))
 
     def settle(self, home: int) -> None:
         """The run stands at step `home`: repeat this silo's commit, or begin its step anew, or the one
@@ -181,6 +183,7 @@ class Trainer:
             for standing, tensors in self._stood:
                 if standing.step == home:
                     self.stand(standing, tensors)
+                    break
         if home != self.step_number:
             raise ProtocolError(
                 f"the run stands at step {home}, and this silo at step {self.step_number}",
@@ -212,6 +215,8 @@ class Trainer:
         loss_tokens = sum(len(batch.keep) for batch in batches)
         self._loss_tokens, self._after = loss_tokens, self._noise.moments
         if self._rejoin is not None:
+            if self._stood and self._stood[-1][0].step == self.step_number:
+                self._stood.pop()  # It was done before, and is not kept twice.
             self._stood.append(self.standing())
             if self._keep is not None:
                 self._keep(*self._stood[-1])
@@ -232,7 +237,7 @@ class Trainer:
         head, key = self._ends.head, self._ends.adapter_key
         with torch.set_grad_enabled(self._trains_head):
             hidden = head.run(batch.ids, batch.lengths, adapter=key, mask=batch.mask)
-            sent = self._noise.add(hidden, repeatable(self._secret, step, index, hidden))
+            sent = self._noise.add(hidden, repeatable(self._secret, step, index))
         request = Forward(
             run=self._run,
             microbatch=self._next,

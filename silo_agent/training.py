@@ -110,6 +110,7 @@ def _terms(silo: Silo, plan: RunPlan, settings: TrainSettings, examples: Sequenc
         "run name": settings.run,
         "model": silo.ends.card.fingerprint,
         "trunk": str(trunk),
+        "dtype": str(silo.ends.head.dtype),
         "--batch": str(settings.batch),
         "--accumulate": str(settings.accumulate),
         "data": data[:16],

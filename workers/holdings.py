@@ -109,7 +109,7 @@ class Holdings:
         session.close()
         self._adapters.pop(session.key or "", None)
         del self._sessions[silo, name]
-        if not self._shares[silo].held:
+        if all(owner != silo for owner, _ in self._sessions):
             del self._shares[silo]
 
     def open_run(
@@ -137,7 +137,7 @@ class Holdings:
             raise MismatchError(
                 f"another run {request.run!r} is under way here",
                 side="silo",
-                hint="Wait for its end, or begin anew under another --run.",
+                hint="Wait for its end, or begin anew: without --resume, or under another --run.",
             )
         return run
 
@@ -147,8 +147,11 @@ class Holdings:
         Raises `MismatchError` if it is of another model or name, and `LimitError` if it is too large.
         """
         state, key = found.state, run_key(request)
-        if (state.plan.members, state.run, state.fingerprint) != (*key, self._card.fingerprint):
-            raise MismatchError(f"the saved run is {state.run!r}, of another model or name than {key[1]!r}")
+        saved = *(state.plan.members, state.run), state.fingerprint, state.start, state.stop
+        if saved != (*key, self._card.fingerprint, request.start, request.stop):
+            raise MismatchError(
+                f"the saved run is {state.run!r}, of another model, trunk or name than {key[1]!r}"
+            )
         size = self._check_adapter(silo, state.plan.lora, request, copies=_TRAINED)
         run = TrunkRun.found(self._span, self._key(), found, request.ticket, self._busy)
         self._adapters[run.key] = silo, size

@@ -72,7 +72,7 @@ class Directory:
 
     def write(self, name: str, data: bytes) -> None:
         """See `Place.write`: a temporary file, synced and renamed. Nobody else may read it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._exist()
         part = self.path / (name + _PART)
         try:
             with open(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
@@ -84,16 +84,16 @@ class Directory:
             with suppress(OSError):
                 part.unlink()
             raise
-        self._settle()
+        _settle(self.path)
 
     def claim(self, name: str) -> bool:
         """See `Place.claim`: exclusive creation."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._exist()
         try:
             os.close(os.open(self.path / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             return False
-        self._settle()
+        _settle(self.path)
         return True
 
     def remove(self, name: str) -> None:
@@ -102,18 +102,24 @@ class Directory:
 
     def clear(self) -> None:
         """See `Place.clear`."""
-        for name in self.names():
+        for name in reversed(self.names()):  # States before the epochs that fence them.
             self.remove(name)
         with suppress(FileNotFoundError):
             self.path.rmdir()
 
-    def _settle(self) -> None:
-        """A power cut does not undo a rename after this."""
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    def _exist(self) -> None:
+        if not self.path.is_dir():
+            self.path.mkdir(parents=True, exist_ok=True)
+            _settle(self.path.parent)
+
+
+def _settle(directory: Path) -> None:
+    """A power cut does not undo what was made or renamed in it before this."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Bucket:

@@ -72,11 +72,11 @@ class TrunkRun:
     def found(cls, span: Span, key: str, found: Found, ticket: bytes, busy: Busy) -> "TrunkRun":
         """Go on with a saved run. Raises `MismatchError` if it does not fit the trunk."""
         state, blocks = found.state, partition.Span(found.state.start, found.state.stop)
-        durable = Durable(state.run, ticket, found.tenure, unsaved=False)
+        durable = Durable(state.run, ticket, found.tenure)
         run = cls(span, key, state.plan, blocks, {}, busy, durable)
         try:
             run._optimizer.restore(found.tensors)
-        except MismatchError:
+        except Exception:
             run.close()
             raise
         run._first = state.first
@@ -125,7 +125,8 @@ class TrunkRun:
         seat = request.seat or secrets.token_bytes(16)
         before = self.ledger.seats.keys()
         anew = self.ledger.join(silo, request.plan, _hidden(seat), again=again)
-        self.durable.unsaved |= self.ledger.seats.keys() != before
+        # Who joins again hears where the run stands only once a save has shown that it is this home's still.
+        self.durable.unsaved |= again or self.ledger.seats.keys() != before
         return seat, anew
 
     def commit(self, silo: bytes, request: Commit, ends: Mapping[str, Tensor]) -> tuple[list[Reply], bool]:

@@ -16,7 +16,7 @@ from codec.logs import Log
 from codec.messages import CloseRun, Commit, Done, Error, Opened, OpenRun
 from workers.activations import Activations
 from workers.holdings import Holdings, named, run_key
-from workers.replies import Reply, error_header
+from workers.replies import Reply, error_header, unexpected
 from workers.run import TrunkRun, told
 from workers.saver import Saver
 from workers.state import Found, StateStore
@@ -47,7 +47,10 @@ class Runs:
             self._waiting[key].append(asked)
             return []
         if key in self.holdings.runs or not request.ticket:
-            return self._join(*asked)
+            try:
+                return self._join(*asked)
+            finally:
+                self._free_if_empty(self.holdings.runs.get(key))
         if self.store is None:
             raise UnavailableError(
                 "this worker was started without --state", hint="Give all workers the same."
@@ -65,25 +68,28 @@ class Runs:
                 raise found
             self.holdings.resume_run(silo, request, found)
             self._log.say("run goes on from its saved state", run=request.run, step=found.state.step)
-        except TrunklineError as error:
-            replies = [Reply(s, error_header(r.id, error)) for s, r, _ in asked if r.ticket]
+        except Exception as error:
+            why = self._known(error)
+            replies = [Reply(s, error_header(r.id, why)) for s, r, _ in asked if r.ticket]
             asked = [each for each in asked if not each[1].ticket]
-        for silo, request, tensors in asked:
+        for each, opening, tensors in asked:
             try:
-                replies += self._join(silo, request, tensors)
-            except TrunklineError as error:
-                replies.append(Reply(silo, error_header(request.id, error)))
-        if (run := self.holdings.runs.get(key)) is not None:
-            self._free_if_empty(run)
+                replies += self._join(each, opening, tensors)
+            except Exception as error:
+                replies.append(Reply(each, error_header(opening.id, self._known(error))))
+        self._free_if_empty(self.holdings.runs.get(key))
         return replies
+
+    def _known(self, error: Exception) -> TrunklineError:
+        if isinstance(error, TrunklineError):
+            return error
+        self._log.failed("run not joined")
+        return unexpected(error)
 
     def _join(self, silo: bytes, request: OpenRun, tensors: list[Tensor]) -> list[Reply]:
         initial = named(request.names, tensors)
         run = self.holdings.open_run(silo, request, initial, self.store)
-        try:
-            seat, anew = run.join(silo, request, initial)
-        finally:
-            self._free_if_empty(run)
+        seat, anew = run.join(silo, request, initial)
         self._log.say("silo joined run", run=request.run, silos=len(run.ledger.members))
         ticket = run.durable.ticket if run.durable else b""
         opened = Opened(id=request.id, step=run.ledger.step, ticket=ticket, seat=seat)
@@ -112,10 +118,13 @@ class Runs:
         self._free_if_empty(run)
         return replies
 
-    def forget(self, silo: bytes) -> None:
-        """A silo that waits to join vanished, or all did if it is empty."""
+    def forget(self, silo: bytes) -> list[Reply]:
+        """A silo that waits to join vanished, or all did if it is empty. Every request is answered."""
+        error, replies = UnavailableError("its silo is gone", side="silo"), []
         for asked in self._waiting.values():
+            replies += [Reply(s, error_header(r.id, error)) for s, r, _ in asked if silo in (s, b"")]
             asked[:] = [each for each in asked if silo not in (each[0], b"")]
+        return replies
 
     def _leave(self, silo: bytes, run: TrunkRun, who: str | None, done: list[Reply]) -> list[Reply]:
         self.activations.drop_all(run, silo)
@@ -145,8 +154,8 @@ class Runs:
         )
         return [told(member, commit, error) for member, commit in void.items()]
 
-    def _free_if_empty(self, run: TrunkRun) -> None:
-        if not run.ledger.members and self._here(run):
+    def _free_if_empty(self, run: TrunkRun | None) -> None:
+        if run is not None and not run.ledger.members and self._here(run):
             self.activations.forget(run)
             self.holdings.close_run(run)
 

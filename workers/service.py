@@ -300,5 +300,7 @@ class TrunkService:
         sessions, joined = self.holdings.held_by(silo)
         for key in sessions:
             self.holdings.close_session(*key)
-        self.runs.forget(silo)
-        return [reply for member, name in joined for reply in self.runs.gone(member, name, header.name)]
+        replies = self.runs.forget(silo)
+        for member, name in joined:
+            replies += self.runs.gone(member, name, header.name)
+        return replies

@@ -1,6 +1,6 @@
 """One silo's part of a worker's KV memory."""
 
-from workers.kv import KVMemory
+from workers.kv import KVMemory, KVShape, Place
 
 
 class Share(KVMemory):
@@ -33,3 +33,11 @@ class Share(KVMemory):
     def borrowed(self) -> int:
         """Bytes that it holds beyond what is its own."""
         return max(0, self._held - self.budget)
+
+    def place(self, shape: KVShape, room: int) -> Place:
+        """See `KVMemory.place`: rows of all silos lie in the same slabs, so that they can attend together."""
+        return self._whole.place(shape, room)
+
+    def give_back(self, shape: KVShape, place: Place) -> None:
+        """See `KVMemory.give_back`."""
+        self._whole.give_back(shape, place)

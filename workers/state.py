@@ -78,8 +78,9 @@ class Tenure:
             self._place.remove(name)
 
     def discard(self) -> None:
-        """The run is over: nothing of it is kept."""
-        self._place.clear()
+        """The run is over: nothing of it is kept, unless another home has claimed it since."""
+        if _last_epoch(self._place.names()) == self._epoch:
+            self._place.clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Links and a broker, and a network that loses and delays: every request is answered once, or fails once.
 
 The links' decisions and the router's are real. Between them are connections that keep order and can be
-cut, with everything on its way; the broker can be killed and started again; time passes in jumps. What
-was lost with a connection that both ends then mended is the owner's deadline to end, and nothing else is.
+cut, with everything on its way; the broker can be killed and started again; time passes in jumps. What was
+on its way when a connection broke fails at both ends; only an answer that the broker had put on a connection
+that it alone knew to be gone is the owner's deadline to end.
 """
 
 import secrets
@@ -13,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from broker.failover import Connect
 from broker.link_state import Action, Deliver, Fail, LinkState, Transmit
 from broker.parcel import Parcel
 from broker.router import Router, Send
@@ -62,7 +64,7 @@ class Mending(RuleBasedStateMachine):
             Attach(role="silo", name="s", peer=bytes(16)),
             Attach(role="worker", name="w", peer=bytes([1]) * 16, model=CARD, start=0, stop=6, credit=2),
         )
-        self.silo, self.worker = (End(a, LinkState(a, "tcp://x", 1e9, 0.0)) for a in attaches)
+        self.silo, self.worker = (End(a, LinkState(a, ["tcp://x"], 1e9, 0.0)) for a in attaches)
         self.ends = [self.silo, self.worker]
         for end in self.ends:
             self.connect(end)
@@ -130,7 +132,9 @@ class Mending(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), really=st.sampled_from([False, False, True]))
     def connection_is_cut(self, who: int, really: bool) -> None:
         if really:
-            self.connect(self.ends[who])
+            end = self.ends[who]
+            self.connect(end)
+            self.act(end, end.state.unshaken("broken", self.now))
 
     @rule(really=st.sampled_from([False, False, True]))
     def broker_is_killed(self, really: bool) -> None:
@@ -168,7 +172,7 @@ class Mending(RuleBasedStateMachine):
         assert all(end.state.attached for end in self.ends)
         assert not self.silo.outbox
         missing = self.left - self.answered.keys()
-        assert missing <= self.lost, "neither answered, nor failed, nor lost with a connection"
+        assert not missing, "neither answered, nor failed, nor lost with a connection"
         state = next(iter(self.router.registry.silos.values()))
         inbox = next(iter(self.router.registry.workers.values())).inbox
         assert state.pending.keys() <= self.lost
@@ -220,7 +224,7 @@ class Mending(RuleBasedStateMachine):
 
     def act(self, end: End, actions: list[Action]) -> None:
         for action in actions:
-            assert not isinstance(action, Fail)
+            assert not isinstance(action, Fail | Connect)
             if isinstance(action, Transmit):
                 end.up.append(Parcel.of(action.header))
             elif isinstance(action, Deliver):

@@ -174,6 +174,7 @@ def test_any_other_error_of_the_connection_is_the_end(code: str) -> None:
 def test_errors_of_requests_are_the_owners() -> None:
     state = attached()
     for code in ("link", "protocol"):
+        state.sent(CloseSession(id=3, session="s"), 0, 0.5)
         parcel = Parcel.of(Error(id=3, code=code, what="no", side="worker"))
         assert state.arrived(parcel, 1.0) == [Deliver(parcel)]
     assert state.attached
@@ -181,7 +182,9 @@ def test_errors_of_requests_are_the_owners() -> None:
 
 def test_answers_are_delivered_as_they_came() -> None:
     parcel = Parcel.of(Result(id=3), (b"x",), b"peer")
-    (action,) = attached().arrived(parcel, 1.0)
+    state = attached()
+    state.sent(CloseSession(id=3, session="s"), 0, 0.5)
+    (action,) = state.arrived(parcel, 1.0)
     assert isinstance(action, Deliver)
     assert action.parcel is parcel
 
@@ -397,3 +400,12 @@ def test_a_key_that_one_of_two_brokers_refuses_may_be_good_for_the_other() -> No
     assert isinstance(end, Fail)
     assert isinstance(end.error, RefusedError)
     assert OTHER in end.error.what
+
+
+def test_an_answer_whose_request_failed_already_is_nobodys() -> None:
+    state = attached()
+    state.sent(CloseSession(id=3, session="s"), 0, 0.5)
+    failed = [delivered(a).id for a in state.unshaken("broken", 1.0) if isinstance(a, Deliver)]
+    assert failed == [3]
+    hears(state, Welcome(heartbeat=1.0, resumed=True), 1.1)
+    assert hears(state, Done(id=3), 1.2) == []

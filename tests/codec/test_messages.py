@@ -157,8 +157,8 @@ GOLDEN: dict[str, str] = {
         "a26364a5737461727402a473746f701ca6637265646974cd2000a2696401"
     ),
     "welcome": (
-        "0386a46b696e64a777656c636f6d65a9686561727462656174cb4004000000000000a7726573756d6564c3a9656e636f"
-        "64696e677392a3726177a57374657073a770656e64696e679203cd012ca2696401"
+        "0385a46b696e64a777656c636f6d65a9686561727462656174cb4004000000000000a7726573756d6564c3a9656e636f"
+        "64696e677392a3726177a57374657073a2696401"
     ),
     "heartbeat": "0382a46b696e64a9686561727462656174a2696403",
     "leave": "0381a46b696e64a56c65617665",
@@ -547,7 +547,6 @@ LISTS_OF_NUMBERS = {
     *(f"{kind}.model.samples{{key}}" for kind in ("attach", "open-session", "open-run")),
     "open-run.plan.betas[0]",
     "open-run.plan.betas[1]",
-    "welcome.pending[]",
     *(f"pool.workers[].{field}" for field in ("start", "stop", "load", "silent")),
 }
 

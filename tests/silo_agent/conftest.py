@@ -4,6 +4,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import silo_agent
 from broker.memory import MemoryBroker, MemoryLink
 from broker.parcel import Parcel
+from broker.pool import alias_of
+from broker.routes import rank
 from codec.messages import Attach, Extend, Header, OpenRun
 from codec.partition import Partition
 from codec.partition import Span as Blocks
@@ -103,11 +106,17 @@ class Pool:
             thread.join(10)
             assert not thread.is_alive(), "the worker hangs"
 
+    @cached_property
+    def _identities(self) -> Iterator[bytes]:
+        """Of workers, so that the first to attach is the home of the run `run`, then the next."""
+        peers = [secrets.token_bytes(16) for _ in range(16)]
+        return iter(sorted(peers, key=lambda peer: rank("run", alias_of(peer)), reverse=True))
+
     def attach_worker(self) -> MemoryLink:
         """A worker's link without a worker behind it: the test answers, or nobody does."""
         checkpoint = self._tiny.checkpoint
         card = checkpoint.card(range(checkpoint.blocks))
-        name, peer = "pool", secrets.token_bytes(16)
+        name, peer = "pool", next(self._identities)
         link = self.broker.link(Attach(role="worker", name=name, peer=peer, model=card, stop=card.blocks))
         self._links.append(link)
         return link

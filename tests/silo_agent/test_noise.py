@@ -168,7 +168,7 @@ def test_the_same_place_has_the_same_noise_and_every_other_another() -> None:
     noise, hidden = Noise(NoiseScale(absolute=1.0)), torch.zeros(50, 64)
     secret = noise.secret()
     places = [(secret, 0, 0), (secret, 0, 1), (secret, 1, 0), (secret, 256, 0), (noise.secret(), 0, 0)]
-    first, again = ([noise.add(hidden, repeatable(*place, hidden)) for place in places] for _ in range(2))
+    first, again = ([noise.add(hidden, repeatable(*place)) for place in places] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for at, one in enumerate(first):
         assert float(one.mean()) == pytest.approx(0, abs=5 / math.sqrt(one.numel()))
@@ -183,9 +183,16 @@ def test_other_hidden_states_at_the_same_place_have_other_noise(dtype: torch.dty
     noise, secret, hidden = Noise(NoiseScale(absolute=1.0)), bytes(32), HIDDEN[:50].to(dtype)
     close = hidden.clone()
     close[0, 0] += 1 / 16
-    both = [noise.add(each, repeatable(secret, 0, 0, each)) - each for each in (hidden, close)]
+    both = [noise.add(each, repeatable(secret, 0, 0)) - each for each in (hidden, close)]
     product = (both[0].float() * both[1].float()).mean()
     assert abs(float(product)) < 5 / math.sqrt(hidden.numel())
+
+
+def test_noise_of_another_strength_is_other_noise() -> None:
+    """Or two sends of the same would give it away."""
+    sent = [Noise(NoiseScale(absolute=s)).add(HIDDEN, repeatable(bytes(32), 0, 0)) for s in (1.0, 2.0)]
+    noises = [(one - HIDDEN).flatten() for one in sent]
+    assert abs(float((noises[0] * noises[1]).mean())) < 10 / math.sqrt(N)
 
 
 def test_its_secret_is_new_each_time_but_with_a_fixed_seed() -> None:
@@ -199,7 +206,7 @@ def test_moments_that_are_set_back_give_the_same_noise_again() -> None:
     noise.add(HIDDEN)
     before, secret = noise.moments, noise.secret()
     other = 5 * HIDDEN[:40]
-    first = noise.add(other, repeatable(secret, 0, 0, other))
+    first = noise.add(other, repeatable(secret, 0, 0))
     assert noise.moments != before
     noise.moments = before
-    assert torch.equal(noise.add(other, repeatable(secret, 0, 0, other)), first)
+    assert torch.equal(noise.add(other, repeatable(secret, 0, 0)), first)

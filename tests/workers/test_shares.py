@@ -100,23 +100,24 @@ def test_runs_of_one_name_and_other_members_do_not_meet(new_desk: Callable[..., 
         for step in range(2):
             if disturbed:
                 outsider(step)
-            desk.says(NORTH, Forward(run="r", microbatch=0, lengths=(3,)), [states(3)])
+            desk.says(NORTH, Forward(run="r", microbatch=step, lengths=(3,)), [states(3)])
             if disturbed:  # A step of the other run must not end this one's micro-batches.
                 outsider(step)
-            desk.says(NORTH, Backward(run="r", microbatch=0), [states(3, 1)])
+            desk.says(NORTH, Backward(run="r", microbatch=step), [states(3, 1)])
             desk.says(NORTH, Commit(run="r", step=step, loss_tokens=3, square_norm=0.0))
         return desk.tensors(NORTH, GetAdapter(run="r"))
 
     alone = train(new_desk(), False)
     desk = new_desk()
-    steps = count()
+    steps, numbers = count(), count()
 
     def outsider(_: int) -> None:
+        number = next(numbers)
         assert isinstance(desk.join(WEST, learning_rate=0.7, steps=100), Opened)
         assert isinstance(
-            desk.says(WEST, Forward(run="r", microbatch=0, lengths=(5,)), [states(5, 7)]), Result
+            desk.says(WEST, Forward(run="r", microbatch=number, lengths=(5,)), [states(5, 7)]), Result
         )
-        assert isinstance(desk.says(WEST, Backward(run="r", microbatch=0), [states(5, 8)]), Result)
+        assert isinstance(desk.says(WEST, Backward(run="r", microbatch=number), [states(5, 8)]), Result)
         desk.says(WEST, Commit(run="r", step=next(steps), loss_tokens=5, square_norm=0.0))
 
     together = train(desk, True)

@@ -36,7 +36,6 @@ class Honest(threading.Thread):
                                 do_sample=False, eos_token_id=None, pad_token_id=0)  # fmt: skip
         self._right = greedy[0, len(_PROMPT) :].tolist()
         self.generated = 0
-        self.slowest = 0.0
         self.seconds: list[float] = []
         """Of each token."""
         self.error: BaseException | None = None
