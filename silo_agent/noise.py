@@ -129,7 +129,7 @@ class Noise:
             return hidden
         bounded = clipped(hidden, self._scale.clip) if self._scale.clip else hidden
         self._sigma = self._scale.sigma(self._observe(bounded.detach()) if self._scale.relative else 0.0)
-        if not self._sigma:
+        if not self._scale.sigma(1.0):
             return bounded.to(hidden.dtype)
         # In fp32: what rounding to fewer bits does afterwards is done to noisy values.
         return (bounded.float() + self._normal(hidden, random) * self._sigma).to(hidden.dtype)
@@ -156,7 +156,9 @@ def clipped(hidden: Tensor, bound: float) -> Tensor:
     Autograd's gradient is the exact one: where a vector was shortened, what points along it is lost.
     """
     norms: Tensor = torch.linalg.vector_norm(hidden.float(), dim=-1, keepdim=True)
-    return hidden.float() * (bound / norms.clamp_min(bound))
+    # A tensor: a number over a tensor is times the reciprocal, and would not be exactly 1 for a short vector.
+    limit = norms.new_tensor(bound)
+    return hidden.float() * (limit / norms.clamp_min(limit.item()))
 
 
 def system_normal(shape: torch.Size, device: torch.device, random: Random | None = None) -> Tensor:
