@@ -11,7 +11,7 @@ import zmq
 
 from benchmarks.replay import Replay
 from broker.parcel import Parcel
-from codec.errors import ProtocolError, TrunklineError, UnavailableError, UsageError
+from codec.errors import NobodyError, ProtocolError, TrunklineError, UsageError
 from codec.messages import Answer, Attach, Error, Heartbeat, Leave, Welcome, kind_of
 
 Socket = zmq.Socket[bytes]
@@ -178,8 +178,8 @@ class Driver:
         now = time.monotonic()
         kind, begun = silo.sent.pop(header.id, ("", now))
         if isinstance(header, Error):
-            if header.code == UnavailableError.code and not silo.open:
-                silo.open_at = now + _AGAIN_S  # No worker is there yet.
+            if header.code == NobodyError.code and not silo.open:
+                silo.open_at = now + _AGAIN_S
             else:
                 silo.error = silo.error or header.what
             return

@@ -62,15 +62,21 @@ class Moments(NamedTuple):
     square: float = 0.0
 
 
-def repeatable(secret: bytes, step: int, microbatch: int) -> Random:
-    """Random bytes that are the same whenever this micro-batch of this step is noised.
+def repeatable(secret: bytes, step: int, microbatch: int, hidden: Tensor) -> Random:
+    """Random bytes that are the same whenever these hidden states of this micro-batch of a step are noised.
 
     A step that is done again then sends what it sent before: the same hidden states under new noise
-    would average out. They are SHAKE256's, a function of `secret`, 32 bytes, that nobody else can guess;
-    noise under the same secret must never be added to other hidden states.
+    would average out. Other hidden states, as of a head that a redone step left a little different, get
+    other noise: the same would cancel, and bare their difference. The bytes are SHAKE256's, a function of
+    the place, of a digest of `hidden`, and of `secret`, 32 bytes that nobody else can guess.
     """
-    place = secret + step.to_bytes(8, "little") + microbatch.to_bytes(8, "little")
-    return lambda size: hashlib.shake_256(place).digest(size)
+
+    def random(size: int) -> bytes:
+        values = hidden.detach().cpu().contiguous().view(torch.uint8).numpy()
+        place = step.to_bytes(8, "little") + microbatch.to_bytes(8, "little")
+        return hashlib.shake_256(secret + place + hashlib.blake2b(values).digest()).digest(size)
+
+    return random
 
 
 class Noise:

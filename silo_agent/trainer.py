@@ -234,7 +234,7 @@ class Trainer:
         head, key = self._ends.head, self._ends.adapter_key
         with torch.set_grad_enabled(self._trains_head):
             hidden = head.run(batch.ids, batch.lengths, adapter=key, mask=batch.mask)
-            sent = self._noise.add(hidden, repeatable(self._secret, step, index))
+            sent = self._noise.add(hidden, repeatable(self._secret, step, index, hidden))
         request = Forward(
             run=self._run,
             microbatch=self._next,

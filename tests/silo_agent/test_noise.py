@@ -168,13 +168,24 @@ def test_the_same_place_has_the_same_noise_and_every_other_another() -> None:
     noise, hidden = Noise(NoiseScale(absolute=1.0)), torch.zeros(50, 64)
     secret = noise.secret()
     places = [(secret, 0, 0), (secret, 0, 1), (secret, 1, 0), (secret, 256, 0), (noise.secret(), 0, 0)]
-    first, again = ([noise.add(hidden, repeatable(*place)) for place in places] for _ in range(2))
+    first, again = ([noise.add(hidden, repeatable(*place, hidden)) for place in places] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for at, one in enumerate(first):
         assert float(one.mean()) == pytest.approx(0, abs=5 / math.sqrt(one.numel()))
         assert float(one.std()) == pytest.approx(1, rel=5 / math.sqrt(2 * one.numel()))
         for other in first[:at]:
             assert abs(float((one * other).mean())) < 5 / math.sqrt(one.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_hidden_states_at_the_same_place_have_other_noise(dtype: torch.dtype) -> None:
+    """Or the noise would cancel, and bare the difference."""
+    noise, secret, hidden = Noise(NoiseScale(absolute=1.0)), bytes(32), HIDDEN[:50].to(dtype)
+    close = hidden.clone()
+    close[0, 0] += 1 / 16
+    both = [noise.add(each, repeatable(secret, 0, 0, each)) - each for each in (hidden, close)]
+    product = (both[0].float() * both[1].float()).mean()
+    assert abs(float(product)) < 5 / math.sqrt(hidden.numel())
 
 
 def test_its_secret_is_new_each_time_but_with_a_fixed_seed() -> None:
@@ -188,7 +199,7 @@ def test_moments_that_are_set_back_give_the_same_noise_again() -> None:
     noise.add(HIDDEN)
     before, secret = noise.moments, noise.secret()
     other = 5 * HIDDEN[:40]
-    first = noise.add(other, repeatable(secret, 0, 0))
+    first = noise.add(other, repeatable(secret, 0, 0, other))
     assert noise.moments != before
     noise.moments = before
-    assert torch.equal(noise.add(other, repeatable(secret, 0, 0)), first)
+    assert torch.equal(noise.add(other, repeatable(secret, 0, 0, other)), first)
