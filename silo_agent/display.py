@@ -53,7 +53,8 @@ def step_facts(report: Mapping[str, Any]) -> str:
     """A `StepReport`'s fields in one short line, whether they come from here or from another process."""
     speed = report["tokens"] / report["seconds"]
     busy, window = f"trunk busy {report['trunk_busy']:.0%}", f"window {report['window']}"
-    return f"loss {report['loss']:.3f}  {speed:.0f} tok/s  {busy}  {window}"
+    spent = f"  ε {report['epsilon']:.3g}" if report["epsilon"] is not None else ""
+    return f"loss {report['loss']:.3f}  {speed:.0f} tok/s  {busy}  {window}{spent}"
 
 
 def stream(_: int, text: str) -> None:

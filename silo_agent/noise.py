@@ -24,20 +24,22 @@ from codec.quantise import KAPPA
 class NoiseScale:
     """How strong: exactly one of three ways to say it; all zero is no noise.
 
-    `relative` is the standard deviation in units of the boundary's own, `absolute` in the hidden
-    states' own units, and `mean_abs` the paper's parameter V, the mean absolute value of the noise.
+    `clip`, if not zero, bounds the L2 norm of each token's vector before the noise. `relative` is the
+    standard deviation in units of the boundary's own, `absolute` in the hidden states' own units, and
+    `mean_abs` the paper's parameter V, the mean absolute value of the noise.
     """
 
     relative: float = 0.0
     absolute: float = 0.0
     mean_abs: float = 0.0
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         values = (self.relative, self.absolute, self.mean_abs)
         if sum(value != 0 for value in values) > 1:
             raise UsageError("give one of --noise, --noise-abs and --noise-mean-abs")
-        if any(value < 0 or not math.isfinite(value) for value in values):
-            raise UsageError("noise cannot be negative or infinite")
+        if any(value < 0 or not math.isfinite(value) for value in (*values, self.clip)):
+            raise UsageError("noise and --noise-clip cannot be negative or infinite")
 
     def sigma(self, boundary_std: float) -> float:
         """Standard deviation of the noise for a boundary of standard deviation `boundary_std`.
@@ -98,6 +100,8 @@ class Noise:
         self.moments = Moments()
         """Set back where something is to be noised again as it was."""
         self._sigma = 0.0
+        self.vectors = 0
+        """How many were noised so far."""
 
     @property
     def scale(self) -> NoiseScale:
@@ -121,18 +125,22 @@ class Noise:
         return self._scale == NoiseScale()
 
     def add(self, hidden: Tensor, again: Repeatable | None = None) -> Tensor:
-        """`hidden` `[tokens, hidden]` plus noise; gradients pass through unchanged.
+        """`hidden` `[tokens, hidden]`, clipped, plus noise; gradients pass through the noise unchanged.
 
         The noise is fresh, or with `again` the same for the same hidden states and strength.
         """
+        self.vectors += len(hidden)
         if self.off:
             return hidden
-        sigma = self._scale.sigma(self._observe(hidden.detach()) if self._scale.relative else 0.0)
-        self._sigma = sigma
+        bounded = clipped(hidden, self._scale.clip) if self._scale.clip else hidden
+        self._sigma = self._scale.sigma(self._observe(bounded.detach()) if self._scale.relative else 0.0)
+        if not self._scale.sigma(1.0):
+            return bounded.to(hidden.dtype)
         # A fixed noise is the same in two runs that differ by how sums are rounded.
-        about = _digest(hidden.detach(), sigma) if again and self._seed is None else b""
+        about = _digest(bounded.detach(), self._sigma) if again and self._seed is None else b""
         random = again(about) if again else None
-        return hidden + (self._normal(hidden, random) * sigma).to(hidden.dtype)
+        # In fp32: what rounding to fewer bits does afterwards is done to noisy values.
+        return (bounded.float() + self._normal(hidden, random) * self._sigma).to(hidden.dtype)
 
     def _normal(self, like: Tensor, random: Random | None) -> Tensor:
         if random is not None or self._generator is None:
@@ -154,6 +162,17 @@ def _digest(hidden: Tensor, sigma: float) -> bytes:
     """Of what is noised, and how strongly."""
     values = hidden.cpu().contiguous().view(torch.uint8).numpy().data
     return hashlib.blake2b(values).digest() + struct.pack("<d", sigma)
+
+
+def clipped(hidden: Tensor, bound: float) -> Tensor:
+    """Each vector of `hidden` `[tokens, hidden]`, shortened to an L2 norm of `bound` if it is longer; fp32.
+
+    Autograd's gradient is the exact one: where a vector was shortened, what points along it is lost.
+    """
+    norms: Tensor = torch.linalg.vector_norm(hidden.float(), dim=-1, keepdim=True)
+    # A tensor: a number over a tensor is times the reciprocal, and would not be exactly 1 for a short vector.
+    limit = norms.new_tensor(bound)
+    return hidden.float() * (limit / norms.clamp_min(limit.item()))
 
 
 def system_normal(shape: torch.Size, device: torch.device, random: Random | None = None) -> Tensor:

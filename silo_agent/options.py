@@ -52,6 +52,12 @@ _MODEL = [
     ),
     click.option("--noise-abs", default=0.0, metavar="S", help="The same as an absolute deviation."),
     click.option("--noise-mean-abs", default=0.0, metavar="V", help="The same by its mean absolute value."),
+    click.option(
+        "--noise-clip",
+        default=0.0,
+        metavar="C",
+        help="Shorten each token's vector to this L2 norm before the noise; 0: do not.",
+    ),
     click.option("--noise-seed", type=int, help="Repeat the noise (tests only: removes its protection)."),
     click.option(
         "--wire",
@@ -91,6 +97,7 @@ class ModelOptions:
     noise: float
     noise_abs: float
     noise_mean_abs: float
+    noise_clip: float
     noise_seed: int | None
     wire: "Choice"
     device: str
@@ -100,7 +107,7 @@ class ModelOptions:
         """The noise asked for. Raises `UsageError`."""
         from silo_agent.noise import NoiseScale
 
-        return NoiseScale(self.noise, self.noise_abs, self.noise_mean_abs)
+        return NoiseScale(self.noise, self.noise_abs, self.noise_mean_abs, self.noise_clip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,13 @@ class SiloOptions(ModelOptions):
     broker_key: str | None
     wait: float
     deadline: float
+
+    def check_delta(self, delta: float | None) -> None:
+        """Raises `UsageError` if `--delta` is given and no account can be."""
+        if delta is not None:
+            from silo_agent.accountant import check_accountable
+
+            check_accountable(self.scale(), self.noise_seed, delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +167,19 @@ class Silo:
         """Tensor bytes and tokens that crossed so far, and what `auto` picked, by boundary."""
         return {**dataclasses.asdict(self.remote.traffic), "wires": self.wires.report()}
 
+    def spent(self, delta: float | None) -> dict[str, Any]:
+        """What all that was sent at the head spends together, said on stderr too; nothing without a delta.
+
+        For a session, where what is sent next may hang on all before.
+        """
+        if delta is None:
+            return {}
+        from silo_agent.accountant import Account, said
+
+        account = Account(self.noise.scale, delta, (self.noise.vectors,))
+        click.echo(said(account.epsilon(1), delta, "all that this command sent"), err=True)
+        return {"account": account.report(1)}
+
 
 def gathered(name: str, kind: Callable[..., Any], options: Sequence[Callable[[Any], Any]]) -> Decorator:
     """A decorator that adds `options` to a command, which gets them as `name`: one dataclass `kind`."""
@@ -172,6 +199,13 @@ def gathered(name: str, kind: Callable[..., Any], options: Sequence[Callable[[An
 
 silo_options = gathered("options", SiloOptions, [*_BROKER, *_MODEL, *_LINK])
 """Add the shared options to a command; it gets them as one `SiloOptions` named `options`."""
+
+delta_option = click.option(
+    "--delta",
+    type=float,
+    metavar="D",
+    help="Say what the hidden states sent spend as (epsilon, D); needs --noise-clip and absolute noise.",
+)
 
 _BROKER_IF_ANY = click.option(
     "--broker", multiple=True, metavar="URL", help="Measure the way through it too."

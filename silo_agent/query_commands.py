@@ -9,7 +9,14 @@ import click
 
 from codec.errors import DataError, UsageError
 from silo_agent.display import ask, progress_bar, show_answers, show_scores, stream
-from silo_agent.options import SiloOptions, load_saved, load_tokenizer, open_silo, silo_options
+from silo_agent.options import (
+    SiloOptions,
+    delta_option,
+    load_saved,
+    load_tokenizer,
+    open_silo,
+    silo_options,
+)
 from silo_agent.planning.automatic import partition_option, settled
 from silo_agent.planning.work import generating_work
 from silo_agent.report import settings_of, write_report
@@ -22,6 +29,7 @@ _COUNT = click.IntRange(min=1)
 
 @click.command("generate")
 @silo_options
+@delta_option
 @partition_option
 @click.option("--prompt", "prompts", multiple=True, help="May be given several times.")
 @click.option("--prompts", "file", type=_LINES, help="One prompt a line; - is standard input.")
@@ -47,6 +55,7 @@ def generate_command(options: SiloOptions, **given: Any) -> None:
       trunkline silo generate --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
           --adapter north --noise 0.05 --prompts questions.txt --json answers.json
     """
+    options.check_delta(given["delta"])
     try:
         texts = [*given["prompts"], *(line.rstrip("\n") for line in given["file"] or () if line.strip())]
     except UnicodeDecodeError as error:
@@ -95,12 +104,14 @@ def generate_command(options: SiloOptions, **given: Any) -> None:
             ],
             "tokens_per_s": made / seconds,
             "traffic": silo.traffic(),
+            **silo.spent(given["delta"]),
         }
         write_report(given["json_path"], "silo-generate", dataclasses.asdict(options), results)
 
 
 @click.command("chat")
 @silo_options
+@delta_option
 @partition_option
 @click.option("--system", help="System message of the conversation.")
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
@@ -120,6 +131,7 @@ def chat(options: SiloOptions, **given: Any) -> None:
     from silo_agent.conversation import Conversation
     from silo_agent.sampling import Sampling
 
+    options.check_delta(given["delta"])
     sampling = Sampling(temperature=given["temperature"], top_p=given["top_p"])
     saved = load_saved(given["adapter"])
     tokenizer = load_tokenizer(options.model)
@@ -129,10 +141,12 @@ def chat(options: SiloOptions, **given: Any) -> None:
         while line := ask():
             talk.say(line, given["max_tokens"], lambda text: stream(0, text))
             click.echo()
+        silo.spent(given["delta"])
 
 
 @click.command("eval")
 @silo_options
+@delta_option
 @partition_option
 @data_options
 @click.option("--adapter", type=_FILE, help="A PEFT adapter to use.")
@@ -150,6 +164,7 @@ def evaluate_command(options: SiloOptions, data: DataOptions, **given: Any) -> N
     """
     from silo_agent.tasks.exam import Exam
 
+    options.check_delta(given["delta"])
     saved = load_saved(given["adapter"])
     task = data.task(given["max_new_tokens"])
     rows, asks = given["batch"], task is not None and task.score is not None
@@ -174,5 +189,6 @@ def evaluate_command(options: SiloOptions, data: DataOptions, **given: Any) -> N
             answers = exam.answers(task, threads, data.rendering(silo.tokenizer), silo.stop_tokens)
             scores = {**score(answers), "examples": len(answers)}
         results = {**scores, "seconds": time.monotonic() - begun, "traffic": silo.traffic()}
+        results |= silo.spent(given["delta"])
         write_report(given["json_path"], "silo-eval", settings_of(options, data), results)
     show_scores(data.task_name, results)

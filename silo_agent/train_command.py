@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from codec.errors import UsageError
 from codec.plan import checked_plan
 from silo_agent.display import step_display
-from silo_agent.options import SiloOptions, load_saved, load_tokenizer, open_silo, silo_options
+from silo_agent.options import (
+    SiloOptions,
+    delta_option,
+    load_saved,
+    load_tokenizer,
+    open_silo,
+    silo_options,
+)
 from silo_agent.planning.automatic import check_alone, partition_option, settled
 from silo_agent.planning.work import training_work
 from silo_agent.report import settings_of, write_report
@@ -96,6 +104,17 @@ def _members(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 @click.option("--clip", default=1.0, show_default=True, help="Bound on the global gradient norm; 0: none.")
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--loss-on", type=click.Choice(["answer", "everything"]), default="answer", show_default=True)
+@click.option("--freeze-head", is_flag=True, help="Leave the head's adapter as it is; train trunk and tail.")
+@delta_option
+@click.option(
+    "--epsilon",
+    type=float,
+    metavar="E",
+    help="Choose the noise so that all steps together spend (E, --delta).",
+)
+@click.option(
+    "--budget", type=float, metavar="E", help="Stop before more than (E, --delta) is spent, and save."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the first adapter and the data order.")
 @click.option(
     "--patience",
@@ -116,9 +135,12 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
           --task multirc --data MultiRC/train.jsonl --steps 100 --out adapter
       trunkline silo train --broker tcp://127.0.0.1:7555 --model smollm2-135m \\
           --run clinics --silos 2 --noise 0.05 --data north.jsonl --out north
+      trunkline silo train ... --freeze-head --noise-clip 40 --delta 1e-5 --epsilon 8
       trunkline silo train ... --out north --resume north      # after it was killed
     """
+    from silo_agent.accountant import Wish, said
     from silo_agent.adapters import check_place, write_adapter
+    from silo_agent.microbatch import Steps
     from silo_agent.snapshot import FILE, read_snapshot
     from silo_agent.training import TrainSettings, train
     from workers.checkpoint import Checkpoint
@@ -148,6 +170,8 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
         seed=given["seed"],
         members=given["members"],
     )
+    if given["freeze_head"] and plan.ends == "shared":
+        raise UsageError("--freeze-head leaves this silo's head as it is, and --ends shared trains all heads")
     settings = TrainSettings(
         given["run_name"],
         given["batch"],
@@ -155,6 +179,8 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
         given["window"],
         given["patience"],
         given["out"],
+        given["freeze_head"],
+        plan.steps,
     )
     examples = data.examples(tokenizer, "train", everything=given["loss_on"] == "everything")
     work = training_work(
@@ -165,23 +191,47 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
     elif given["partition"] == "auto":  # It was settled when the run began.
         cut = unfinished[0].cut(Checkpoint(options.model).blocks)
         options = dataclasses.replace(options, head=cut.head, tail=cut.tail)
+    steps = Steps(examples, settings.batch, settings.accumulate, plan.seed)
+    wish = Wish(given["delta"], given["epsilon"], given["budget"])
+    account = wish.account(
+        options.scale(),
+        options.noise_seed,
+        (steps[number] for number in range(plan.steps)),
+        trains_head=options.head > 0 and not settings.freeze_head,
+    )
+    if account is not None:
+        options = dataclasses.replace(options, noise_abs=account.scale.absolute)
+        settings = dataclasses.replace(settings, last=wish.last_step(account))
+        click.echo(f"noise: σ = {account.scale.sigma(0):.4g}", err=True)
     with open_silo(options, tokenizer) as silo:
         reports: list[StepReport] = []
         with step_display(given["progress"], plan.steps, options.name) as show:
 
             def on_step(report: "StepReport") -> None:
+                if account is not None:
+                    report = dataclasses.replace(report, epsilon=account.epsilon(report.step))
                 reports.append(report)
                 show(report)
 
             def save(tensors: "Mapping[str, Tensor]") -> None:
                 write_adapter(given["out"], plan.lora, tensors, options.model)
 
-            train(silo, plan, settings, examples, resume, on_step, save)
+            done = train(silo, plan, settings, examples, resume, on_step, save)
         results = {
             "steps": [dataclasses.asdict(report) for report in reports],
             "loss_first": reports[0].loss if reports else None,
             "loss_last": reports[-1].loss if reports else None,
             "traffic": silo.traffic(),
         }
+        if account is not None:
+            results["account"] = account.report(done)
         write_report(given["json_path"], "silo-train", settings_of(options, data), results)
     click.echo(f"adapter saved at {given['out']}", err=True)
+    if account is not None:
+        click.echo(said(account.epsilon(done), account.delta, "each sequence in this run"), err=True)
+        if done < plan.steps:
+            beyond = account.epsilon(done + 1)
+            raise UsageError(
+                f"stopped after step {done} of {plan.steps}: the next one would have spent "
+                f"ε = {beyond:.4g}, over the budget of {wish.budget:g}",
+            )

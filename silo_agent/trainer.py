@@ -48,7 +48,7 @@ Keep = Callable[[Standing, Tensors], None]
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What one step did. `loss` is the mean over this silo's own loss tokens, `window` how many
-    micro-batches may be in flight after it."""
+    micro-batches may be in flight after it, `epsilon` what all steps so far have spent, if that is asked."""
 
     step: int
     loss: float
@@ -60,6 +60,7 @@ class StepReport:
     seconds: float
     wire: str
     window: int
+    epsilon: float | None = None
 
 
 @dataclass(slots=True)
@@ -89,18 +90,19 @@ class Trainer:
         step: int = 0,
         rejoin: Rejoin | None = None,
         keep: Keep | None = None,
+        freeze_head: bool = False,
     ) -> None:
         """`window` micro-batches are in flight at most, None: as many as it takes that the trunk never waits
         for this silo. `patience` bounds the wait for other silos, and how long one step is tried again.
         Without `wires` every bit crosses; without `rejoin` a loss is the end. `keep` is called before each
-        commit.
+        commit. With `freeze_head` the head's adapter stays as it is; not where the ends are shared.
         """
         self._ends, self._remote, self._run, self._plan = ends, remote, run, plan
         self._noise, self._patience, self._rejoin, self._keep = noise, patience, rejoin, keep
         self._window = Window(window, most=_KEPT)
         self._wires = wires or Wires("exact")
         self._optimizer = PartOptimizer(plan, ends.adapter())
-        self._trains_head = bool(ends.head_adapter())
+        self._trains_head = bool(ends.head_adapter()) and not freeze_head
         self._flights: dict[int, _Flight] = {}
         self._prepared: deque[tuple[_Flight, Packed]] = deque()
         self._next = 0

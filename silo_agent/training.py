@@ -21,7 +21,8 @@ from silo_agent.trainer import StepReport, Tensors, Trainer
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """How this silo takes part: sequences in a micro-batch, micro-batches in a step and in flight (None:
-    tuned). Where the run survives, it is kept at `out` until it is finished."""
+    tuned). Where the run survives, it is kept at `out` until it is finished. `last` is the step to end
+    before; the plan's end, if it is not within a budget."""
 
     run: str
     batch: int
@@ -29,6 +30,8 @@ class TrainSettings:
     window: int | None
     patience: float
     out: Path
+    freeze_head: bool
+    last: int
 
 
 Unfinished = tuple[Snapshot, Tensors]
@@ -43,8 +46,10 @@ def train(
     resume: SavedAdapter | Unfinished | None,
     on_step: Callable[[StepReport], None],
     save: Save,
-) -> None:
+) -> int:
     """Take part in a run to its end, and `save` the whole model's adapter, by global name.
+
+    Returns how many steps it has done, those before it was resumed included.
 
     Begins with an adapter, or goes on with an unfinished run, to `resume`. Raises any `TrunklineError`;
     nothing was saved then but what it takes to go on.
@@ -85,6 +90,7 @@ def train(
         step=home,
         rejoin=remote_run.rejoin if remote_run.survives else None,
         keep=keep,
+        freeze_head=settings.freeze_head,
     )
     if isinstance(resume, tuple):
         trainer.stand(resume[0].standing, resume[1])
@@ -92,13 +98,14 @@ def train(
     elif remote_run.survives:
         keep(*trainer.standing())
     steps = Steps(examples, settings.batch, settings.accumulate, plan.seed)
-    while (number := trainer.step_number) < plan.steps:
-        report = trainer.step(steps[number], steps[number + 1] if number + 1 < plan.steps else ())
+    while (number := trainer.step_number) < settings.last:
+        report = trainer.step(steps[number], steps[number + 1] if number + 1 < settings.last else ())
         if report is not None:
             on_step(report)
     save({**ends.adapter(), **remote_run.adapter()})
     remove_snapshot(settings.out)
     remote_run.close()
+    return trainer.step_number
 
 
 def _terms(silo: Silo, plan: RunPlan, settings: TrainSettings, examples: Sequence[Example]) -> dict[str, str]:
@@ -114,6 +121,7 @@ def _terms(silo: Silo, plan: RunPlan, settings: TrainSettings, examples: Sequenc
         "--batch": str(settings.batch),
         "--accumulate": str(settings.accumulate),
         "data": data[:16],
+        "--freeze-head": str(settings.freeze_head),
         # Under the same secret, noise of another strength would give both away.
         "noise": str(silo.noise.scale),
     }

@@ -193,13 +193,17 @@ class Pool:
         where = ends or self.ends(), remote or self.remote()
         return Session(*where, rows=rows, capacity=capacity, noise=noise, **options)
 
-    def trainer(self, plan: RunPlan, *, noise: Noise = QUIET, window: int = 2) -> Trainer:
+    def trainer(
+        self, plan: RunPlan, *, noise: Noise = QUIET, window: int = 2, freeze_head: bool = False
+    ) -> Trainer:
         """A silo's trainer in an open run."""
         ends, remote = self.ends(), self.remote()
         ends.adapt(plan.lora, plan.seed)
         opening = OpenRun(run="run", model=ends.card, start=ends.trunk.start, stop=ends.trunk.stop, plan=plan)
         remote.open(opening, [], wait=5)
-        return Trainer(ends, remote, run="run", plan=plan, noise=noise, window=window)
+        return Trainer(
+            ends, remote, run="run", plan=plan, noise=noise, window=window, freeze_head=freeze_head
+        )
 
     def sent(self, kind: type[Header] = Extend) -> list[Parcel]:
         """The recorded messages of one kind, in order."""

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from broker.link import ZmqLink
 from broker.router import Router
 from broker.server import Server
+from codec.errors import UsageError
 from codec.messages import Attach
 from codec.partition import Span as Blocks
 from silo_agent.commands import silo
@@ -197,6 +198,44 @@ def test_a_task_is_learned_and_scored(run: Run, tmp_path: Path) -> None:
     assert tuned["results"]["seconds"] > 0
     assert f"{tuned['results']['accuracy']:.1%}" in done.stdout
     assert "accuracy" in done.stdout
+
+
+def test_a_budget_ends_a_run_before_it_is_exceeded_and_saves(
+    run: Run, tmp_path: Path, clinics: list[Path]
+) -> None:
+    data, out, report = tmp_path / "few.jsonl", tmp_path / "out", tmp_path / "r.json"
+    data.write_text("".join(clinics[0].read_text().splitlines(keepends=True)[:2]))
+    words = ["--data", data, "--out", out, "--json", report, "--batch", 1, "--max-length", 150]
+    words += ["--freeze-head", "--noise-clip", 1, "--delta", 1e-5, "--progress", "jsonl", "--steps", 4]
+    words += ["--accumulate", 2]  # Each step sends both examples once.
+    done = run("train", *words, "--epsilon", 8)
+    totals = [json.loads(line)["epsilon"] for line in done.stdout.splitlines()]
+    assert totals == sorted(totals)
+    assert len(set(totals)) == 4
+    assert totals[-1] == pytest.approx(8)
+    account = json.loads(report.read_text())["results"]["account"]
+    assert account["epsilon"] == totals[-1]
+    assert "ε = 8 at δ = 1e-05 for each sequence" in done.stderr
+    assert "gradients cross too and are not covered" in done.stderr
+
+    other = tmp_path / "other"
+    words[words.index(out)] = other
+    sigma, budget = account["sigma"], (totals[1] + totals[2]) / 2
+    with pytest.raises(UsageError, match=r"stopped after step 2 of 4: .* over the budget"):
+        run("train", *words, "--noise-abs", sigma, "--budget", budget)
+    results = json.loads(report.read_text())["results"]
+    assert [step["epsilon"] for step in results["steps"]] == pytest.approx(totals[:2])
+    assert results["account"]["epsilon"] < budget
+    assert (other / "adapter_model.safetensors").exists()
+
+
+def test_what_a_session_sent_is_accounted_for(run: Run, tiny: Any, tmp_path: Path) -> None:
+    noisy = ["--noise-clip", 1, "--noise-abs", 10, "--delta", 1e-5]
+    done = run("generate", "--prompt", "Who?", "--max-tokens", 3, *noisy, "--json", tmp_path / "r.json")
+    account = json.loads((tmp_path / "r.json").read_text())["results"]["account"]
+    prompt = prompt_ids(tiny.tokenizer, [{"role": "user", "content": "Who?"}], answer_next=True)
+    assert account["vectors"] == len(prompt) + 2  # The last token chosen is not sent.
+    assert f"ε = {account['epsilon']:.4g} at δ = 1e-05 for all that this command sent" in done.stderr
 
 
 def test_a_dialogue_is_answered_in_writing(run: Run, tiny: Any, tmp_path: Path) -> None:

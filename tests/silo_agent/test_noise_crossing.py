@@ -56,6 +56,14 @@ def test_a_decoded_token_gets_the_prompts_noise(pool: Any) -> None:
     assert float(decoded.std()) == pytest.approx(prompt, rel=0.25)
 
 
+def test_every_generated_vector_is_clipped(pool: Any) -> None:
+    clean = generated(pool, Noise(NoiseScale()))
+    bound = float(torch.cat(clean).norm(dim=1).median())
+    for before, after in zip(clean, generated(pool, Noise(NoiseScale(clip=bound))), strict=True):
+        factor = (bound / before.norm(dim=1, keepdim=True)).clamp_max(1)
+        assert torch.allclose(after, before * factor, rtol=1e-5, atol=1e-6)
+
+
 def trained(pool: Any, noise: Noise, batches: list[MicroBatch]) -> list[Tensor]:
     """Frames of one step. Its heads all see the adapter's first values, so they can be compared."""
     pool.broker.passed.clear()
