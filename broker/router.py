@@ -212,7 +212,12 @@ class Router:
             if silo.take(pending):
                 silo.owed.add(pending.number)
                 yield Send(silo.route, error_parcel(pending.number, error))
-            elif self.registry.silos.get(silo.alias) is silo and hold.chain and not hold.lost and silo.has(hold):
+            elif (
+                self.registry.silos.get(silo.alias) is silo
+                and hold.chain
+                and not hold.lost
+                and silo.has(hold)
+            ):
                 hold.lost = worker.name
                 yield from self._break(silo, hold, error)
 

@@ -8,7 +8,7 @@ from codec.messages import AnyHeader, Error, kind_of
 
 MUST = (
     *(f"silo.accepted.{kind}" for kind in ("welcome", "heartbeat", "leave", "opened", "result", "done")),
-    *(f"silo.accepted.{kind}" for kind in ("committed", "adapter")),
+    "silo.accepted.committed",
     *(f"silo.refused.{code}" for code in ("protocol", "frame", "mismatch", "limit", "unknown-name", "link")),
     "silo.refused.unavailable",
     "silo.dropped",
