@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workers.kv import PAGE, Place, RowCache
+from workers.kv import PAGE, RowCache, SlabPlace
 
 _WASTE = 1.5
 """How much more may be read in one call than what the rows hold."""
@@ -35,7 +35,7 @@ def runs(rows: Sequence[tuple[int, int]]) -> list[range]:
 
 def abreast(tokens: Sequence[int], caches: Sequence[RowCache]) -> list["Abreast"]:
     """Those of `caches` that share calls. `tokens` are the places of their new tokens in the pass."""
-    slabs: dict[int, list[tuple[Place, RowCache, int]]] = {}
+    slabs: dict[int, list[tuple[SlabPlace, RowCache, int]]] = {}
     for token, cache in zip(tokens, caches, strict=True):
         if (place := cache.place) is not None:
             slabs.setdefault(id(place.slab), []).append((place, cache, token))
@@ -51,7 +51,7 @@ def abreast(tokens: Sequence[int], caches: Sequence[RowCache]) -> list["Abreast"
 class Abreast:
     """Rows that share a call: R rows in S slots, the first row's to the last's; the longest has N tokens."""
 
-    def __init__(self, members: Sequence[tuple[Place, RowCache, int]]) -> None:
+    def __init__(self, members: Sequence[tuple[SlabPlace, RowCache, int]]) -> None:
         """Place, cache and the new token's place in the pass, of rows of one slab in order of their slots."""
         slab, first = members[0][0].tensor, members[0][0].slot
         _, layers, two, groups, room, dim = slab.shape

@@ -17,12 +17,12 @@ from codec import partition
 from codec.errors import LimitError, MismatchError, ProtocolError, UnknownNameError
 from codec.messages import OpenRun, OpenSession
 from codec.plan import LoraPlan, ModelCard
+from workers.allowance import Allowance
 from workers.busy import Busy
 from workers.kv import KVMemory
 from workers.lora import adapter_bytes
 from workers.run import Durable, TrunkRun
 from workers.session import TrunkSession
-from workers.share import Share
 from workers.span import Span
 from workers.state import Found, RunState, StateStore
 
@@ -45,7 +45,7 @@ class Holdings:
         self._span, self._card, self._busy = span, card, busy
         self.memory = KVMemory(kv_bytes)
         self._kv_share = kv_share
-        self._shares: dict[bytes, Share] = {}
+        self._shares: dict[bytes, Allowance] = {}
         self._adapter_bytes = adapter_bytes
         self._adapters: dict[str, tuple[bytes, int]] = {}
         self._sessions: dict[tuple[bytes, str], TrunkSession] = {}
@@ -183,15 +183,15 @@ class Holdings:
         found = (run for (_, n), run in self.runs.items() if n == name and silo in run.ledger.members)
         return next(found, None)
 
-    def _share(self, silo: bytes) -> Share:
+    def _share(self, silo: bytes) -> Allowance:
         """What is this silo's own of the memory."""
         share = self._shares.get(silo)
         if share is None:
-            share = Share(self.memory, self._kv_share)
+            share = Allowance(self.memory, self._kv_share)
             share.make_room = partial(self._evict, share)
         return share
 
-    def _check_share(self, share: Share, request: OpenSession) -> None:
+    def _check_share(self, share: Allowance, request: OpenSession) -> None:
         """Raises `LimitError` if memory that cannot be taken back would be borrowed."""
         if request.replays:
             return
@@ -232,7 +232,7 @@ class Holdings:
             )
         return size
 
-    def _evict(self, asking: Share, missing: int) -> None:
+    def _evict(self, asking: Allowance, missing: int) -> None:
         """Close sessions whose silos can send everything again: those that were idle longest, and then,
         if what is asked for is the silo's own, those for which others have borrowed.
 

@@ -54,7 +54,7 @@ class KVShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SlabPlace:
     """Where a row lies: a slot of a slab `[slots, layers, 2, groups, tokens, dim]`, keys before values."""
 
     slab: Slab
@@ -88,7 +88,7 @@ class KVMemory:
                 hint="Ask for fewer rows or tokens, wait, or start the worker with more --kv-memory.",
             )
 
-    def place(self, shape: KVShape, room: int) -> Place:
+    def place(self, shape: KVShape, room: int) -> SlabPlace:
         """A slot of `room` tokens, all zero. Its bytes count when the row takes them, not here."""
         slabs = self._slabs.setdefault((shape, room), [])
         slab = next((slab for slab in slabs if not slab.full), None)
@@ -96,9 +96,9 @@ class KVMemory:
         if slab is None:
             slab = Slab(math.prod(size), shape.dtype, shape.device)
             slabs.append(slab)
-        return Place(slab, slab.take(), slab.tensor.view(len(slab.tensor), *size))
+        return SlabPlace(slab, slab.take(), slab.tensor.view(len(slab.tensor), *size))
 
-    def give_back(self, shape: KVShape, place: Place) -> None:
+    def give_back(self, shape: KVShape, place: SlabPlace) -> None:
         """The row has left it."""
         place.slab.give_back(place.slot)
         if place.slab.empty:
@@ -118,7 +118,7 @@ class RowCache:
     def __init__(self, shape: KVShape, capacity: int, memory: KVMemory | None = None) -> None:
         """Nothing is taken yet. Without `memory` a row is by itself, and bounded by its capacity alone."""
         self.shape, self._memory = shape, memory or KVMemory()
-        self.place: Place | None = None
+        self.place: SlabPlace | None = None
         self._keys = self._values = torch.empty(0)
         self._tokens = self._written = 0
         self.capacity = capacity

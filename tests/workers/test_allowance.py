@@ -28,9 +28,9 @@ from codec.messages import (
 from codec.partition import Span as Blocks
 from codec.plan import LoraPlan, ModelCard, RunPlan
 from codec.tensors import decode_tensors, encode_tensors
-from workers.kv import PAGE, KVMemory
+from workers.allowance import Allowance
+from workers.kv import PAGE, KVMemory, KVShape, RowCache
 from workers.service import TrunkService
-from workers.share import Share
 from workers.span import Span
 
 NORTH, SOUTH, WEST = b"north...", b"south...", b"west...."
@@ -161,7 +161,7 @@ def test_a_silo_is_in_one_run_of_a_name(new_desk: Callable[..., Desk]) -> None:
 
 def test_a_share_counts_in_the_whole() -> None:
     whole = KVMemory(100)
-    one, other = Share(whole, 50), Share(whole, 50)
+    one, other = Allowance(whole, 50), Allowance(whole, 50)
     one.held += 70
     other.held += 20
     assert (whole.held, one.free, other.free) == (90, 10, 10)
@@ -295,3 +295,19 @@ def test_graphs_beyond_a_share_are_given_back_and_the_numbers_stay(
     assert held[1] <= budget < held[0]
     for one, other in zip(ample, scarce, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_two_silos_lie_side_by_side() -> None:
+    """So that they attend in one call."""
+    whole = KVMemory(1 << 20)
+    shape = KVShape(layers=1, groups=1, dim=8, dtype=torch.float32, device=torch.device("cpu"))
+    rows = [RowCache(shape, 64, Allowance(whole, 1 << 19)) for _ in range(2)]
+    for row in rows:
+        row.check_room(4)
+    places = [row.place for row in rows]
+    assert places[0] is not None
+    assert places[1] is not None
+    assert places[0].slab is places[1].slab
+    for row in rows:
+        row.free()
+    assert whole.held == 0

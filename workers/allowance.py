@@ -1,9 +1,9 @@
 """One silo's part of a worker's KV memory."""
 
-from workers.kv import KVMemory, KVShape, Place
+from workers.kv import KVMemory, KVShape, SlabPlace
 
 
-class Share(KVMemory):
+class Allowance(KVMemory):
     """What one silo holds of the `whole`. `budget` is what is its own.
 
     Beyond that it may borrow what is free, with sessions that can be sent again: others whose own part is
@@ -34,10 +34,10 @@ class Share(KVMemory):
         """Bytes that it holds beyond what is its own."""
         return max(0, self._held - self.budget)
 
-    def place(self, shape: KVShape, room: int) -> Place:
+    def place(self, shape: KVShape, room: int) -> SlabPlace:
         """See `KVMemory.place`: rows of all silos lie in the same slabs, so that they can attend together."""
         return self._whole.place(shape, room)
 
-    def give_back(self, shape: KVShape, place: Place) -> None:
+    def give_back(self, shape: KVShape, place: SlabPlace) -> None:
         """See `KVMemory.give_back`."""
         self._whole.give_back(shape, place)
