@@ -60,6 +60,8 @@ def test_interrupting_the_demo_leaves_no_process(tmp_path: Path, number: int) ->
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=dict(os.environ),
+        # A suite in the background of a shell ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         children: set[int] = set()
