@@ -17,6 +17,7 @@ from codec.errors import TrunklineError
 from codec.partition import Partition
 from silo_agent.adapters import read_adapter
 from silo_agent.processes import Process, Processes
+from silo_agent.snapshot import FILE
 
 _TEXTS = Path(silo_agent.demo.__file__).with_name("north_clinic.jsonl")
 _RUN_S = 600.0
@@ -80,7 +81,8 @@ class Training:
                 time.sleep(_LOOK_S)
             if silo.code != -signal.SIGKILL:
                 break
-            resume = ("--resume", str(out))
+            # Killed before anything of the run was kept, or when all was done, it begins again as it began.
+            resume = ("--resume", str(out)) if (out / FILE).exists() else ()
         with contextlib.ExitStack() as stack:
             stack.callback(silo.stop)
             silo.wait(0.1)

@@ -152,6 +152,10 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
     resume = unfinished or load_saved(given["resume"])
     if not given["resume"] and (given["out"] / FILE).exists():
         click.echo(f"the unfinished run at {given['out']} is begun anew; --resume goes on with one", err=True)
+    if given["resume"] and unfinished is None:
+        click.echo(
+            f"no unfinished run at {given['resume']}: a new one begins with the adapter there", err=True
+        )
     tokenizer = load_tokenizer(options.model)
     plan = checked_plan(
         silos=given["silos"],
