@@ -20,22 +20,27 @@ TRAIN = (
 
 
 class Clinics:
-    """A broker, workers with one place for their state, and two silos that train together."""
+    """Brokers, workers with one place for their state, and two silos that train together."""
 
-    def __init__(self, processes: Processes, data: Path, place: Path) -> None:
+    def __init__(self, processes: Processes, data: Path, place: Path, brokers: int = 1) -> None:
         self._processes, self._data, self._place = processes, data, place
-        self.broker = processes.broker("--silence", "2")
+        self.brokers: list[str] = []
+        self.broker_processes: list[Process] = []
+        for _ in range(brokers):
+            self.brokers.append(processes.broker())
+            self.broker_processes.append(processes["broker"])
+        self._at = [option for broker in self.brokers for option in ("--broker", broker)]
         self.lines: dict[str, list[str]] = {name: [] for name in NAMES}
         self._told = threading.Condition()
 
     def worker(self, name: str) -> Process:
         state = ("--state", str(self._place / "state"))
-        return self._processes.start(name, "worker", "--broker", self.broker, "--model", "tiny", *state)
+        return self._processes.start(name, "worker", *self._at, "--model", "tiny", *state)
 
     def restart_broker(self) -> None:
         """Killed, and started again where it was."""
-        self._processes["broker"].stop(signal.SIGKILL)
-        self._processes.start("broker", "broker", "--listen", self.broker, "--silence", "2")
+        self.broker_processes[0].stop(signal.SIGKILL)
+        self._processes.start("broker", "broker", "--listen", self.brokers[0])
 
     def silo(self, name: str, *more: str) -> Process:
         def told(line: str) -> None:
@@ -46,9 +51,7 @@ class Clinics:
         # A fixed noise is the same in the run that nothing disturbs.
         options = ("--name", name, "--data", str(self._data), "--noise-seed", str(NAMES.index(name)))
         out = ("--out", str(self._place / name))
-        return self._processes.start(
-            name, *TRAIN, "--broker", self.broker, *options, *out, *more, on_line=told
-        )
+        return self._processes.start(name, *TRAIN, *self._at, *options, *out, *more, on_line=told)
 
     def reached(self, name: str, step: int) -> None:
         """Wait until a silo has reported this step."""
@@ -70,7 +73,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("undisturbed")
     with Processes(place / "logs") as processes:
         clinics = Clinics(processes, chats_at(place), place)
-        processes.start("worker", "worker", "--broker", clinics.broker, "--model", "tiny")
+        processes.start("worker", "worker", "--broker", clinics.brokers[0], "--model", "tiny")
         clinics.end(*(clinics.silo(name) for name in NAMES))
     return place
 
@@ -130,4 +133,17 @@ def test_a_silo_and_the_broker_are_killed(clinics: Clinics, tmp_path: Path, undi
     clinics.reached("south", 3)
     clinics.restart_broker()
     clinics.end(north, south)
+    assert_equal(tmp_path, undisturbed)
+
+
+def test_a_broker_is_killed_and_there_is_another(
+    processes: Processes, tmp_path: Path, undisturbed: Path
+) -> None:
+    """The silos go on at the second broker, with the worker that serves both."""
+    clinics = Clinics(processes, chats_at(tmp_path), tmp_path, brokers=2)
+    clinics.worker("worker")
+    silos = [clinics.silo(name) for name in NAMES]
+    clinics.reached("north", 2)
+    clinics.broker_processes[0].stop(signal.SIGKILL)
+    clinics.end(*silos)
     assert_equal(tmp_path, undisturbed)
