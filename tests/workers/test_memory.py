@@ -156,10 +156,10 @@ def test_a_worker_holds_a_third_of_the_model(
 
 
 def test_real_worker_and_silo_hold_their_spans_and_no_more(tmp_path: Path, record_property: Any) -> None:
-    """Whole processes while a silo generates: own memory within its spans, KV and 300 MB.
+    """Whole processes while a silo generates: own memory within its spans, KV and 340 MB.
 
     Own memory is anonymous memory, looked at every 50 ms: the pages of torch's libraries are mapped
-    files, which every process on the machine shares. The imports alone take 260 of the 300 MB.
+    files, which every process on the machine shares. The imports alone take 260 MB, and 290 where scipy is installed.
     """
     from silo_agent.processes import Processes
     from workers import catalog
@@ -193,7 +193,8 @@ def test_real_worker_and_silo_hold_their_spans_and_no_more(tmp_path: Path, recor
             f"{name}: peak {peak / MIB:.0f} MiB, {over / MIB:.0f} over its {holds[name] / MIB:.0f} of weights"
         )
         record_property(f"{name}_over_mib", round(over / MIB))
-        assert 0 < over <= 300e6
+        # Interpreter, torch, transformers; and scipy, which transformers imports where it is installed.
+        assert 0 < over <= 340e6
 
 
 def own_memory(pid: int) -> int:
