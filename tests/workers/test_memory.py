@@ -159,7 +159,8 @@ def test_real_worker_and_silo_hold_their_spans_and_no_more(tmp_path: Path, recor
     """Whole processes while a silo generates: own memory within its spans, KV and 340 MB.
 
     Own memory is anonymous memory, looked at every 50 ms: the pages of torch's libraries are mapped
-    files, which every process on the machine shares. The imports alone take 260 MB, and 290 where scipy is installed.
+    files, which every process on the machine shares. The imports alone take 260 MB, and 290 where scipy
+    is installed.
     """
     from silo_agent.processes import Processes
     from workers import catalog
