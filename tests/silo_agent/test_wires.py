@@ -105,14 +105,13 @@ def test_auto_keeps_to_what_it_told_the_broker() -> None:
     assert wires.pick("head → trunk", 256, 64) == "bf16"
 
 
-def test_boundaries_that_differ_are_told_apart() -> None:
+def test_boundaries_that_differ_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wires, "costs", lambda *_: COSTS)  # Measured ones are as near as the machine is busy.
     speeds = iter([Speed(0.05, 1e5), Speed(1e-5, 1e15)])
     wires = Wires("auto", speed=lambda: next(speeds))
     wires.pick("head → trunk", 256, 64)
     wires.pick("trunk → tail", 1, 64)
-    told = wires.summary().split(", ")
-    assert told[0] == "head → trunk steps"
-    assert told[1] in ("trunk → tail raw", "trunk → tail bf16"), "as long as both take, on this machine"
+    assert wires.summary() == "head → trunk steps, trunk → tail raw"
 
 
 def test_a_session_picks_for_both_directions(new_pool: object) -> None:
