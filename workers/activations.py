@@ -6,7 +6,7 @@ is computed forward again from its input: LoRA has no dropout here, so the resul
 """
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -109,9 +109,10 @@ class Activations:
         """Run micro-batches in one pass and keep them for `backward`; each one's `[T, hidden]`."""
         for batch in batches:
             self.drop(batch.key)  # Sent again: from the start.
-        entries = sum(batch.entry.nbytes for batch in batches)
+        entries = _inputs(batches)
         whole = entries + sum(map(self._graph_bytes, batches))
-        if self._holds({batch.key[0] for batch in batches}) <= self._share:
+        held = self._held_by_silo()
+        if all(held[batch.key[0]] <= self._share for batch in batches):
             self._take_back(whole, above=self._share)
         keeps = self.held + whole <= self._budget
         if not keeps:
@@ -131,21 +132,21 @@ class Activations:
         whose gradient counts already: a message that came twice must not add it twice."""
         key, entry = batch.key, batch.entry
         self._numbers_of(batch).check(key[2])
-        before = self._kept.get(key)  # Sent again, it makes room for itself.
-        inputs = {other: one.batch.entry.nbytes for other, one in self._kept.items() if other != key}
-        mine = sum(size for other, size in inputs.items() if other[0] == key[0])
-        if mine + entry.nbytes > self._share:
+        # Sent again, it makes room for itself.
+        others = [kept.batch for other, kept in self._kept.items() if other != key]
+        mine = [other for other in others if other.key[0] == key[0]]
+        if (held := _inputs(mine)) + entry.nbytes > self._share:
             raise LimitError(
-                f"micro-batches of this silo that wait for their backward hold {mine >> 20} MiB, "
+                f"micro-batches of this silo that wait for their backward hold {held >> 20} MiB, "
                 f"{self._share >> 20} may be (--activation-per-silo)",
                 hint="Lower --window or --batch, or start the worker with a larger share.",
             )
-        if (held := sum(inputs.values())) + entry.nbytes > self._budget:
+        if (held := _inputs(others)) + entry.nbytes > self._budget:
             raise LimitError(
                 f"micro-batches that wait for their backward hold {held >> 20} MiB",
                 hint="Lower --window or --batch, or start the worker with more --activation-memory.",
             )
-        if before is None and sum(other[0] == key[0] for other in self._kept) >= _MAX_KEPT:
+        if key not in self._kept and len(mine) >= _MAX_KEPT:
             raise LimitError(f"{_MAX_KEPT} micro-batches wait for their backward", side="silo")
 
     def group(self, key: Key) -> int | None:
@@ -226,19 +227,19 @@ class Activations:
                 self.held -= kept.bytes - kept.batch.entry.nbytes
                 kept.bytes, kept.output = kept.batch.entry.nbytes, None
 
-    def _holds(self, silos: Container[bytes]) -> int:
-        """The most that any of these silos holds."""
+    def _held_by_silo(self) -> Counter[bytes]:
         held = Counter[bytes]()
         for key, kept in self._kept.items():
-            held[key[0]] += kept.bytes * (key[0] in silos)
-        return max(held.values(), default=0)
+            held[key[0]] += kept.bytes
+        return held
 
     def _take_back(self, size: int, above: int) -> None:
         """Drop graphs of those who hold most, and more than `above`, until `size` bytes are free."""
         while self.held + size > self._budget:
             groups = {key[0]: kept.group for key, kept in self._kept.items() if kept.output is not None}
-            most = max(groups, key=lambda silo: self._holds({silo}), default=None)
-            if most is None or self._holds({most}) <= above:
+            held = self._held_by_silo()
+            most = max(groups, key=held.__getitem__, default=None)
+            if most is None or held[most] <= above:
                 return
             self._drop_graph(groups[most])
 
@@ -260,3 +261,8 @@ class Activations:
         each = meter.bytes / sum(len(batch.entry) * len(batch.run.blocks) for batch in batches)
         self._per_block.update(dict.fromkeys(new, each))
         return outputs
+
+
+def _inputs(batches: Iterable[MicroBatch]) -> int:
+    """Bytes of what came in with them."""
+    return sum(batch.entry.nbytes for batch in batches)
