@@ -178,11 +178,11 @@ class Activations:
         outputs = [one.output for one in kept if one.output is not None]
         if not whole or len(outputs) != len(kept):
             outputs = self._run(batches, measure=False)
-        inputs = {g.key: batch.entry for g, batch in zip(gradients, batches, strict=True) if g.wanted}
+        inputs = [batch.entry for g, batch in zip(gradients, batches, strict=True) if g.wanted]
         parameters = {p: None for batch in batches for p in batch.run.parameters.values()}
         if inputs or parameters:
             roots = [g.values.to(output) for g, output in zip(gradients, outputs, strict=True)]
-            torch.autograd.backward(outputs, roots, inputs=[*inputs.values(), *parameters])
+            torch.autograd.backward(outputs, roots, inputs=[*inputs, *parameters])
         # A GPU may not be done with them before the pass has ended.
         self._spent = batches
         return [batch.entry.grad for batch in batches]
