@@ -28,7 +28,6 @@ class Ledger:
     plan: RunPlan
     step: int = 0
     survives: bool = False
-    members: set[bytes] = field(default_factory=set)
     seats: dict[bytes, bytes] = field(default_factory=dict)
     """Who sits where, by alias; nobody (empty) where a member vanished."""
     commits: dict[bytes, Commit] = field(default_factory=dict)
@@ -36,6 +35,11 @@ class Ledger:
     """Members of whom something of this step is here."""
     outdated: set[bytes] = field(default_factory=set)
     left: str = ""
+
+    @property
+    def members(self) -> set[bytes]:
+        """The silos that sit somewhere."""
+        return {silo for silo in self.seats.values() if silo}
 
     def join(
         self, silo: bytes, plan: RunPlan, seat: bytes = b"", *, again: bool = False
@@ -68,9 +72,8 @@ class Ledger:
         if self.left:
             raise self._over(EndedError if again else UnavailableError)
         anew = self._begin_anew() if self.survives and {before, silo} & self.taking_part else None
-        self._stand_up(before)
+        self._forget(before)
         self.seats = {s: member for s, member in self.seats.items() if member != silo}
-        self.members.add(silo)
         self.seats[seat] = silo
         self.outdated.discard(silo)
         return anew
@@ -83,8 +86,7 @@ class Ledger:
         del self.seats[empty]
         return True
 
-    def _stand_up(self, silo: bytes) -> None:
-        self.members.discard(silo)
+    def _forget(self, silo: bytes) -> None:
         self.taking_part.discard(silo)
         self.outdated.discard(silo)
 
@@ -157,7 +159,7 @@ class Ledger:
     def away(self, silo: bytes) -> dict[bytes, Commit] | None:
         """A silo vanished from a run that survives, and its seat is kept. Returns what `join` returns."""
         anew = self._begin_anew() if silo in self.taking_part else None
-        self._stand_up(silo)
+        self._forget(silo)
         self.seats = {seat: b"" if member == silo else member for seat, member in self.seats.items()}
         return anew
 
@@ -166,7 +168,7 @@ class Ledger:
 
         Before the run's last step nobody can go on without it; after that nobody needs it.
         """
-        self._stand_up(silo)
+        self._forget(silo)
         self.seats = {seat: member for seat, member in self.seats.items() if member != silo}
         if self.step < self.plan.steps:
             self.left = self.left or who

@@ -191,6 +191,6 @@ class Runs:
         if self._here(run):
             self._log.warn("run given up: its state is not saved", run=run.durable.name, why=str(failure))
             replies += [told(member, commit, failure) for member, commit in run.ledger.commits.items()]
-            run.ledger.members.clear()
+            run.ledger.seats.clear()
             self._free_if_empty(run)
         return replies
