@@ -104,11 +104,15 @@ class Ledger:
         if self.left:
             raise self._over(EndedError)
         if silo in self.outdated:
-            raise UnavailableError(
-                f"step {self.step} begins anew: a silo that had a part in it was lost",
-                side="silo",
-                hint="Join the run again.",
-            )
+            raise self.begins_anew()
+
+    def begins_anew(self) -> UnavailableError:
+        """What those are told whose part in the step is void."""
+        return UnavailableError(
+            f"step {self.step} begins anew: a silo that had a part in it was lost",
+            side="silo",
+            hint="Join the run again.",
+        )
 
     def _over(self, kind: type[TrunklineError]) -> TrunklineError:
         return kind(

@@ -147,12 +147,7 @@ class Runs:
             return []
         run.void()
         self.activations.drop_all(run)
-        error = UnavailableError(
-            f"step {run.ledger.step} begins anew: a silo that had a part in it was lost",
-            side="silo",
-            hint="Join the run again.",
-        )
-        return [told(member, commit, error) for member, commit in void.items()]
+        return [told(member, commit, run.ledger.begins_anew()) for member, commit in void.items()]
 
     def _free_if_empty(self, run: TrunkRun | None) -> None:
         if run is not None and not run.ledger.members and self._here(run):
