@@ -150,12 +150,9 @@ class Runs:
         return [told(member, commit, run.ledger.begins_anew()) for member, commit in void.items()]
 
     def _free_if_empty(self, run: TrunkRun | None) -> None:
-        if run is not None and not run.ledger.members and self._here(run):
+        if run is not None and not run.ledger.members:
             self.activations.forget(run)
             self.holdings.close_run(run)
-
-    def _here(self, run: TrunkRun) -> bool:
-        return any(run is other for other in self.holdings.runs.values())
 
     def _durably(self, run: TrunkRun, replies: list[Reply]) -> list[Reply]:
         """The replies, or none yet: they are held until all that the run did before is saved."""
@@ -183,7 +180,7 @@ class Runs:
             else Reply(reply.silo, error_header(reply.header.id, failure))
             for reply in replies
         ]
-        if self._here(run):
+        if run in self.holdings.runs.values():  # Else it was given up, or freed, before.
             self._log.warn("run given up: its state is not saved", run=run.durable.name, why=str(failure))
             replies += [told(member, commit, failure) for member, commit in run.ledger.commits.items()]
             run.ledger.seats.clear()
