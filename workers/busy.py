@@ -14,6 +14,7 @@ class UnderWay:
 
     kind: str
     tokens: int
+    since: float
 
 
 @dataclass(slots=True)
@@ -22,7 +23,6 @@ class Busy:
 
     device: torch.device
     _done: float = 0.0
-    _since: float | None = None
     passes: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     slowest: dict[str, float] = field(default_factory=dict)
@@ -32,8 +32,8 @@ class Busy:
     @property
     def seconds(self) -> float:
         """Of all passes, the one under way included. May be read from another thread."""
-        done, since = self._done, self._since
-        return done if since is None else done + time.monotonic() - since
+        done, under_way = self._done, self.under_way
+        return done if under_way is None else done + time.monotonic() - under_way.since
 
     @contextmanager
     def counting(self, kind: str, tokens: int) -> Iterator[None]:
@@ -42,16 +42,14 @@ class Busy:
         What comes next is chosen only then: chosen while a pass still runs, it would miss all that
         is answered by that pass and comes back at once, and sessions would fall into halves.
         """
-        self._since = begun = time.monotonic()
-        self.under_way = UnderWay(kind, tokens)
+        self.under_way = under_way = UnderWay(kind, tokens, time.monotonic())
         try:
             yield
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
         finally:
-            seconds = time.monotonic() - begun
-            self._done, self._since = self._done + seconds, None
-            self.under_way = None
+            seconds = time.monotonic() - under_way.since
+            self._done, self.under_way = self._done + seconds, None
             self.slowest[kind] = max(self.slowest.get(kind, 0.0), seconds / max(1, tokens))
             self.passes[kind] = self.passes.get(kind, 0) + 1
             self.tokens[kind] = self.tokens.get(kind, 0) + tokens
