@@ -217,11 +217,11 @@ class TrunkService:
             seconds = extension.seconds
             if came is None:
                 return []
+            del self._extensions[job]
+            extension.ended()
         self._agenda.drop(job)
         del self._works[job]
         self.answered_bytes += work.bytes
-        if (ended := self._extensions.pop(job, None)) is not None:
-            ended.ended()
         if isinstance(came, TrunklineError):
             return [Reply(work.silo, error_header(request.id, came))]
         if isinstance(came, list):
