@@ -55,12 +55,10 @@ class Tenure:
 
     def claim(self) -> None:
         """Own the run from here on, whoever did before. Raises what the place raises."""
-        names = self._place.names()
         while True:
-            self._epoch = _last_epoch(names) + 1
+            self._epoch = _last_epoch(self._place.names()) + 1
             if self._place.claim(f"{_EPOCH}{self._epoch:08}"):
                 return
-            names = self._place.names()
 
     def save(self, state: RunState, tensors: Tensors) -> None:
         """Make a state durable, and keep the one before it. The first time, claim the run.
