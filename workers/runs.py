@@ -159,9 +159,9 @@ class Runs:
         durable = run.durable
         if durable is None or not (durable.unsaved or (durable.saving and replies)):
             return replies
-        save: Callable[[], None] = lambda: None  # noqa: E731
-        if durable.unsaved:
-            save = partial(durable.tenure.save, *self.holdings.state_of(run))
+        save: Callable[[], None] = (
+            partial(durable.tenure.save, *self.holdings.state_of(run)) if durable.unsaved else lambda: None
+        )
         durable.unsaved = False
         durable.saving += 1
         self.saver.submit(save, partial(self._saved, run, replies))
