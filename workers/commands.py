@@ -10,23 +10,28 @@ from broker.key_files import link_keys
 from workers import runtime  # before torch: it sets how idle threads wait
 
 MIB = 1 << 20
-kv_memory_option = click.option(
-    "--kv-memory",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    metavar="MIB",
-    help="Bound on the KV caches of all sessions together.",
-)
+
+
+def _memory_option(
+    name: str, default: int | None, help: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        name, type=click.IntRange(min=1), default=default, show_default=True, metavar="MIB", help=help
+    )
 
 
 def _share_option(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(
-        name,
-        type=click.IntRange(min=1),
-        metavar="MIB",
-        help="How much of it is each silo's own; more is lent while it is free.  [default: half]",
+    return _memory_option(
+        name, None, "How much of it is each silo's own; more is lent while it is free.  [default: half]"
     )
+
+
+def _share(own: int | None, whole: int) -> int:
+    """Bytes of a memory that are each silo's own, of what was asked for in MiB."""
+    return whole * MIB // 2 if own is None else own * MIB
+
+
+kv_memory_option = _memory_option("--kv-memory", 2048, "Bound on the KV caches of all sessions together.")
 
 
 @click.command("worker")
@@ -44,22 +49,14 @@ def _share_option(name: str) -> Callable[[Callable[..., None]], Callable[..., No
 @click.option("--dtype", type=click.Choice(runtime.DTYPES), default="auto", show_default=True)
 @kv_memory_option
 @_share_option("--kv-per-silo")
-@click.option(
+@_memory_option(
     "--activation-memory",
-    type=click.IntRange(min=1),
-    default=4096,
-    show_default=True,
-    metavar="MIB",
-    help="Bound on what micro-batches keep between forward and backward; beyond, it is computed again.",
+    4096,
+    "Bound on what micro-batches keep between forward and backward; beyond, it is computed again.",
 )
 @_share_option("--activation-per-silo")
-@click.option(
-    "--adapter-memory",
-    type=click.IntRange(min=1),
-    default=8192,
-    show_default=True,
-    metavar="MIB",
-    help="Bound on adapters and their optimizers; a silo may bring half of it.",
+@_memory_option(
+    "--adapter-memory", 8192, "Bound on adapters and their optimizers; a silo may bring half of it."
 )
 @click.option(
     "--state",
@@ -160,8 +157,8 @@ def worker(
         kv_memory * MIB,
         activation_memory * MIB,
         store,
-        kv_share=kv_per_silo * MIB if kv_per_silo else kv_memory * MIB // 2,
-        activation_share=activation_per_silo * MIB if activation_per_silo else activation_memory * MIB // 2,
+        kv_share=_share(kv_per_silo, kv_memory),
+        activation_share=_share(activation_per_silo, activation_memory),
         adapter_bytes=adapter_memory * MIB,
     )
     if metrics:
