@@ -10,7 +10,6 @@ from torch import Tensor
 from codec.errors import LimitError, MismatchError, UnknownNameError
 from codec.partition import Span as Blocks
 from codec.plan import LoraPlan, RunPlan
-from workers import catalog
 from workers.activations import Activations, Gradient, MicroBatch
 from workers.busy import Busy
 from workers.checkpoint import Checkpoint
@@ -24,10 +23,8 @@ Runs = dict[str, TrunkRun]
 
 
 @pytest.fixture(scope="module")
-def span(tmp_path_factory: pytest.TempPathFactory) -> Span:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRUNKLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Span(Checkpoint(str(catalog.fetch("tiny"))), Blocks(1, 5))
+def span(tiny_checkpoint: Checkpoint) -> Span:
+    return Span(tiny_checkpoint, Blocks(1, 5))
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from codec.messages import (
 from codec.partition import Span as Blocks
 from codec.plan import LoraPlan, RunPlan
 from codec.tensors import decode_tensors, encode_tensors
-from workers import catalog
 from workers.checkpoint import Checkpoint
 from workers.kv import PAGE
 from workers.lora import adapter_tensors, add_adapter, drop_adapter
@@ -71,11 +70,8 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Span, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRUNKLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        checkpoint = Checkpoint(str(catalog.fetch("tiny")))
-    return Span(checkpoint, Blocks(1, 5)), checkpoint.card(range(1, 5))
+def model(tiny_checkpoint: Checkpoint) -> tuple[Span, Any]:
+    return Span(tiny_checkpoint, Blocks(1, 5)), tiny_checkpoint.card(range(1, 5))
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from codec.messages import (
 from codec.partition import Span as Blocks
 from codec.plan import LoraPlan, RunPlan
 from codec.tensors import decode_tensors, encode_tensors
-from workers import catalog
 from workers.checkpoint import Checkpoint
 from workers.inbound import open_up
 from workers.place import Directory
@@ -113,13 +112,6 @@ def hidden(silo: bytes) -> Tensor:
     return torch.randn(3, 64, generator=torch.Generator().manual_seed(silo[0]))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRUNKLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Checkpoint(str(catalog.fetch("tiny")))
-
-
 def new_desk(checkpoint: Checkpoint, handle: Any, store: StateStore | None) -> Desk:
     card = checkpoint.card(range(1, 5))
     return Desk(TrunkService(Span(checkpoint, Blocks(1, 5)), card, 1 << 22, store=store), card, handle)
@@ -133,9 +125,9 @@ def disk(tmp_path: Path) -> Callable[[], type[Disk]]:
 
 
 @pytest.fixture
-def desk(checkpoint: Checkpoint, handle: Any, disk: Any, tmp_path: Path) -> Callable[[], Desk]:
+def desk(tiny_checkpoint: Checkpoint, handle: Any, disk: Any, tmp_path: Path) -> Callable[[], Desk]:
     """Each call is another worker with the same place for its states."""
-    return lambda: new_desk(checkpoint, handle, StateStore(disk(tmp_path)))
+    return lambda: new_desk(tiny_checkpoint, handle, StateStore(disk(tmp_path)))
 
 
 def test_a_seat_is_taken_back_under_another_alias(desk: Callable[[], Desk]) -> None:
@@ -271,8 +263,8 @@ def test_what_waits_for_a_save_holds_up_nobody_else(desk: Callable[[], Desk], di
     ]
 
 
-def test_without_a_place_for_states_a_ticket_finds_nothing(checkpoint: Checkpoint, handle: Any) -> None:
-    home = new_desk(checkpoint, handle, None)
+def test_without_a_place_for_states_a_ticket_finds_nothing(tiny_checkpoint: Checkpoint, handle: Any) -> None:
+    home = new_desk(tiny_checkpoint, handle, None)
     opened = home.join(NORTH)
     assert (opened.ticket, opened.seat) == (b"", b"")
     home.gone(NORTH)

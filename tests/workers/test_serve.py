@@ -17,7 +17,6 @@ from codec.errors import LinkError
 from codec.messages import Attach, Error, Extend, Opened, OpenSession, Result
 from codec.partition import Span as Blocks
 from codec.tensors import encode_tensors
-from workers import catalog
 from workers.checkpoint import Checkpoint
 from workers.inbound import Trunk, Work
 from workers.parts import Part
@@ -71,11 +70,9 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Span, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRUNKLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        checkpoint = Checkpoint(str(catalog.fetch("tiny")))
-    return Span(checkpoint, Blocks(0, checkpoint.blocks)), checkpoint.card(range(checkpoint.blocks))
+def model(tiny_checkpoint: Checkpoint) -> tuple[Span, Any]:
+    blocks = Blocks(0, tiny_checkpoint.blocks)
+    return Span(tiny_checkpoint, blocks), tiny_checkpoint.card(range(tiny_checkpoint.blocks))
 
 
 @pytest.fixture

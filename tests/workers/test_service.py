@@ -37,7 +37,6 @@ from codec.messages import (
 from codec.partition import Span as Blocks
 from codec.plan import LoraPlan, ModelCard, RunPlan
 from codec.tensors import decode_tensors, encode_tensors
-from workers import catalog
 from workers.checkpoint import Checkpoint
 from workers.lora import adapter_tensors, add_adapter, drop_adapter
 from workers.service import TrunkService
@@ -61,11 +60,9 @@ class Worker:
 
 
 @pytest.fixture(scope="session")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRUNKLINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        checkpoint = Checkpoint(str(catalog.fetch("tiny")))
-        return Worker(Span(checkpoint, HOSTED), checkpoint.card(range(HOSTED.start, HOSTED.stop)))
+def worker(tiny_checkpoint: Checkpoint) -> Worker:
+    card = tiny_checkpoint.card(range(HOSTED.start, HOSTED.stop))
+    return Worker(Span(tiny_checkpoint, HOSTED), card)
 
 
 class Office:
