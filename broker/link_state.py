@@ -7,6 +7,7 @@ from broker.failover import Connect, Failover
 from broker.handshake import Failure
 from broker.keys import LinkKeys
 from broker.parcel import Parcel, error_parcel
+from broker.pulse import is_gone
 from broker.speed import SpeedMeter
 from codec.errors import LinkError, RefusedError, TrunklineError, UnavailableError, from_code
 from codec.messages import (
@@ -60,9 +61,7 @@ class LinkState:
 
     RETRY = 0.5
     SILENCE = 10.0
-    """Seconds without a message after which the broker's program hangs: its machine may still answer."""
-    BEATS = 2
-    """Heartbeats without a single byte after which the broker, or the way to it, is gone."""
+    """Seconds without a message after which the broker's program hangs (`broker.pulse.is_gone`)."""
     CUT = 1.5
     """Seconds of nothing but handshakes that are cut off, after which it is the broker's key."""
 
@@ -159,7 +158,7 @@ class LinkState:
 
     def tick(self, now: float) -> list[Action]:
         """Time passed. Call at least every `RETRY` seconds."""
-        if self.attached and self._silent(now):
+        if self.attached and is_gone(now - self._heard, now - self._felt, self._heartbeat, self.SILENCE):
             self._failover.useless(now)
             return self._lose(now)
         if not self.attached:
@@ -173,11 +172,6 @@ class LinkState:
             self._sent = now
             return [self._beat(now)]
         return []
-
-    def _silent(self, now: float) -> bool:
-        return now - self._felt > self.BEATS * self._heartbeat or now - self._heard > max(
-            self.SILENCE, 3 * self._heartbeat
-        )
 
     def _beat(self, now: float) -> Transmit:
         return Transmit(Heartbeat(id=self.meter.beat(now)))

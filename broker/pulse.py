@@ -22,6 +22,15 @@ def ping(socket: "zmq.Socket[bytes]", every: float) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 0)
 
 
+def is_gone(unheard: float, quiet: float, heartbeat: float, silence: float) -> bool:
+    """Whether a peer is gone whose last message came `unheard` seconds ago, and last byte `quiet` seconds.
+
+    After two heartbeats without a single byte it, or the way to it, is gone. After `silence` seconds
+    without a message, three heartbeats at least, its program hangs: its machine may still answer.
+    """
+    return quiet > 2 * heartbeat or unheard > max(silence, 3 * heartbeat)
+
+
 def quiet_for(connection: int | None) -> float | None:
     """Seconds since the last byte came over the connection with this file descriptor.
 

@@ -5,7 +5,7 @@ silo's, and who may open connections may open accounts.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from codec.errors import LimitError
 
@@ -20,12 +20,9 @@ _ASK = "or ask the broker's operator for more"
 class Limits:
     """Deadlines, and quotas of one silo.
 
-    A peer is gone after `BEATS` heartbeats without a byte, and after `silence` seconds without a message:
-    its machine still answers then, and its program hangs. `requests` and `bytes` of their tensors may wait
-    for answers; `attaches` are in a minute.
+    When a peer is gone follows from `heartbeat` and `silence` (`broker.pulse.is_gone`). `requests` and
+    `bytes` of their tensors may wait for answers; `attaches` are in a minute.
     """
-
-    BEATS: ClassVar[int] = 2
 
     heartbeat: float = 1.0
     silence: float = 10.0

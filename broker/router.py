@@ -15,6 +15,7 @@ from broker.ask import cost
 from broker.chain import Errand
 from broker.parcel import Parcel, error_parcel
 from broker.pool import Peer, Worker, alias_of, check_attach, common_encodings
+from broker.pulse import is_gone
 from broker.quota import Attaches
 from broker.quota import Limits as Limits
 from broker.registry import START_AGAIN, Registry
@@ -91,11 +92,10 @@ class Router:
         return [send for peer in silent for send in self._forget(peer)]
 
     def _silent(self, peer: Peer, now: float, quiet_for: Callable[[bytes], float | None]) -> bool:
-        heard, heartbeat = now - peer.last_heard, self.limits.heartbeat
-        if heard <= heartbeat:
+        unheard, heartbeat = now - peer.last_heard, self.limits.heartbeat
+        if unheard <= heartbeat:
             return False
-        silence = max(self.limits.silence, 3 * heartbeat)
-        return heard > silence or (quiet_for(peer.route) or 0.0) > self.limits.BEATS * heartbeat
+        return is_gone(unheard, quiet_for(peer.route) or 0.0, heartbeat, self.limits.silence)
 
     def farewell(self) -> list[Send]:
         """The broker is about to end: every peer looks for one now, and not after a silence."""
