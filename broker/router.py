@@ -16,8 +16,7 @@ from broker.chain import Errand
 from broker.parcel import Parcel, error_parcel
 from broker.pool import Peer, Worker, alias_of, check_attach, common_encodings
 from broker.pulse import is_gone
-from broker.quota import Attaches
-from broker.quota import Limits as Limits
+from broker.quota import Attaches, Limits
 from broker.registry import START_AGAIN, Registry
 from broker.silo import Hold, Pending, Silo
 from broker.status import pool_status

@@ -15,7 +15,8 @@ from broker.keyring import KeyRing
 from broker.link import ZmqLink
 from broker.parcel import Parcel
 from broker.pool import alias_of
-from broker.router import Limits, Router, Send
+from broker.quota import Limits
+from broker.router import Router, Send
 from broker.server import Server
 from codec.messages import (
     AnyHeader,

@@ -15,7 +15,8 @@ import broker.lines
 from broker.lines import Lines
 from broker.parcel import Parcel
 from broker.pulse import quiet_for
-from broker.router import Limits, Router
+from broker.quota import Limits
+from broker.router import Router
 from codec.messages import Error, OpenSession, Result
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from broker.memory import MemoryBroker, MemoryLink
 from broker.parcel import Parcel
-from broker.router import Limits, Router
+from broker.quota import Limits
+from broker.router import Router
 from codec.errors import LinkError, ProtocolError
 from codec.messages import Attach, Gone, Heartbeat, Opened, OpenSession, Result
 

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from broker.parcel import Parcel
 from broker.pool import alias_of
-from broker.quota import Account
-from broker.router import Limits, Router, Send
+from broker.quota import Account, Limits
+from broker.router import Router, Send
 from broker.silo import Hold
 from codec.messages import (
     Answer,
