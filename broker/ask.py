@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from codec.messages import Backward, CloseSession, Extend, Forward, OpenSession, Request
+from codec.messages import Backward, CloseSession, Extend, Forward, OpenRun, OpenSession, Request
 
 
 class Rank(IntEnum):
@@ -41,6 +41,11 @@ def flow_of(silo: bytes, header: Request) -> Flow:
     if isinstance(header, Extend | OpenSession | CloseSession):
         return silo, "session", header.session
     return silo, "run", header.run
+
+
+def run_key(header: OpenRun) -> RunKey:
+    """Which run a silo asks for: one of another name, or of other members, is another."""
+    return header.plan.members, header.run
 
 
 def cost(header: Request) -> tuple[Rank, int]:

@@ -1,6 +1,6 @@
 """Who is attached, and who holds which session and run."""
 
-from broker.ask import RunKey, flow_of
+from broker.ask import RunKey, flow_of, run_key
 from broker.chain import Chain
 from broker.pool import Worker
 from broker.quota import Account, Limits
@@ -89,7 +89,7 @@ class Registry:
         flow = flow_of(silo.alias, header)
         wanted = header.model, Span(header.start, header.stop), header.encodings
         if isinstance(header, OpenRun):
-            key = header.plan.members, header.run
+            key = run_key(header)
             home = self.runs.get(key)
             if home is None:
                 home = self.runs[key] = choose_home(header.run, self.workers.values(), *wanted)

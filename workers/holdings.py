@@ -12,7 +12,7 @@ from itertools import count
 
 from torch import Tensor
 
-from broker.ask import RunKey
+from broker.ask import RunKey, run_key
 from codec import partition
 from codec.errors import LimitError, MismatchError, ProtocolError, UnknownNameError
 from codec.messages import OpenRun, OpenSession
@@ -266,11 +266,6 @@ class Holdings:
             raise MismatchError(f"this worker hosts blocks {self._span.blocks}", side="worker")
         if not len(blocks):
             raise ProtocolError(f"a trunk {blocks} has no blocks")
-
-
-def run_key(request: OpenRun) -> RunKey:
-    """Which run a silo asks for: one of another name, or of other members, is another."""
-    return request.plan.members, request.run
 
 
 def named(names: tuple[str, ...], tensors: list[Tensor]) -> Mapping[str, Tensor]:

@@ -10,12 +10,12 @@ from functools import partial
 
 from torch import Tensor
 
-from broker.ask import RunKey
+from broker.ask import RunKey, run_key
 from codec.errors import TrunklineError, UnavailableError
 from codec.logs import Log
 from codec.messages import CloseRun, Commit, Done, Error, Opened, OpenRun
 from workers.activations import Activations
-from workers.holdings import Holdings, named, run_key
+from workers.holdings import Holdings, named
 from workers.replies import Reply, error_header, unexpected
 from workers.run import TrunkRun, told
 from workers.saver import Saver
