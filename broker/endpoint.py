@@ -1,8 +1,9 @@
 """Where a broker listens: `tcp://host:port`, beyond loopback only with keys."""
 
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from codec.errors import UsageError
+from codec.errors import LinkError, UsageError
 
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
@@ -32,6 +33,14 @@ def check_endpoint(endpoint: str, *, free_port: bool = False, keys: bool = False
 def is_ipv6(endpoint: str) -> bool:
     """Whether ZeroMQ must be told to use IPv6 for this endpoint."""
     return "[" in endpoint
+
+
+def no_answer(endpoints: Sequence[str], waited: str) -> LinkError:
+    """What is said when nobody answered at any of them; `waited` as in "for 30 s"."""
+    return LinkError(
+        f"no broker answered at {', '.join(endpoints)} {waited}",
+        hint=f"Start one (trunkline broker --listen {endpoints[0]}), or check --broker.",
+    )
 
 
 def _malformed(endpoint: str) -> UsageError:

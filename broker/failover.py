@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from codec.errors import LinkError, TrunklineError
+from broker.endpoint import no_answer
+from codec.errors import TrunklineError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Failover:
         if len(self._refusals) == len(self._endpoints):
             return self._refusals[self._at]
         if now - self._lost_since > self._patience:
-            return self._unreachable()
+            return no_answer(self._endpoints, f"for {self._patience:g} s")
         following = (self._at + 1) % len(self._endpoints)
         if self.alone or now < max(self._leave, self._tried.get(following, float("-inf")) + self.RETRY):
             return None
@@ -80,9 +81,3 @@ class Failover:
         self._tried[following] = now
         self._leave = now + self.TRY
         return Connect(self.endpoint)
-
-    def _unreachable(self) -> LinkError:
-        return LinkError(
-            f"no broker answered at {', '.join(self._endpoints)} for {self._patience:g} s",
-            hint=f"Start one (trunkline broker --listen {self._endpoints[0]}), or check --broker.",
-        )

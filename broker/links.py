@@ -8,12 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from broker.endpoint import no_answer
 from broker.keys import LinkKeys
 from broker.link import Link, ZmqLink
 from broker.parcel import Parcel
 from broker.speed import Speed
 from broker.ways import Ways
-from codec.errors import LinkError, TrunklineError
+from codec.errors import TrunklineError
 from codec.logs import Log
 from codec.messages import ENCODINGS, Attach, Drain, Encodings, Gone
 
@@ -136,13 +137,9 @@ class Links:
             elif now - self._attached_at[number] > self._patience:
                 with self._lock:
                     self._told.extend(self._ways.lost(number))
-        if len(self._errors) == len(self._links):
-            raise next(iter(self._errors.values()))
-        if now - max(self._attached_at.values()) > self._patience:
-            raise next(iter(self._errors.values()), None) or LinkError(
-                f"no broker answered at {', '.join(self._endpoints)} for {self._patience:g} s",
-                hint="Start one (trunkline broker), or check --broker.",
-            )
+        if len(self._errors) == len(self._links) or now - max(self._attached_at.values()) > self._patience:
+            why = next(iter(self._errors.values()), None)
+            raise why or no_answer(self._endpoints, f"for {self._patience:g} s")
 
 
 def attach_everywhere(

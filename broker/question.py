@@ -5,11 +5,11 @@ import time
 
 import zmq
 
-from broker.endpoint import check_endpoint, is_ipv6
+from broker.endpoint import check_endpoint, is_ipv6, no_answer
 from broker.handshake import Failure, Watch
 from broker.keys import LinkKeys
 from broker.parcel import Parcel
-from codec.errors import LinkError, ProtocolError, RefusedError, from_code
+from codec.errors import ProtocolError, RefusedError, from_code
 from codec.limits import MAX_FRAME_BYTES
 from codec.messages import Error, Pool, Status
 
@@ -48,10 +48,7 @@ def ask_pool(endpoint: str, timeout: float, keys: LinkKeys | None = None) -> Poo
                 failures = watch.failures() if watch.events in ready else []
                 if why := next((_WHY[failure] for failure in failures if failure in _WHY), None):
                     raise RefusedError(f"the broker at {endpoint} lets this side not in: {why}")
-    raise LinkError(
-        f"no broker answered at {endpoint} within {timeout:g} s",
-        hint=f"Start one (trunkline broker --listen {endpoint}), or check --broker.",
-    )
+    raise no_answer([endpoint], f"within {timeout:g} s")
 
 
 def _answer(socket: "zmq.Socket[bytes]") -> Pool | None:
