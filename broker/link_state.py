@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from broker.failover import Connect, Failover
 from broker.handshake import Failure
 from broker.keys import LinkKeys
-from broker.parcel import Parcel, error_parcel
+from broker.parcel import Parcel, error_in, error_parcel
 from broker.pulse import is_gone
 from broker.speed import SpeedMeter
-from codec.errors import LinkError, RefusedError, TrunklineError, UnavailableError, from_code
+from codec.errors import LinkError, RefusedError, TrunklineError, UnavailableError
 from codec.messages import (
     ENCODINGS,
     Answer,
@@ -107,7 +107,7 @@ class LinkState:
         if isinstance(header, Error) and header.id == 0:
             if header.code == LinkError.code:
                 return self._lose(now)
-            return self._refused(from_code(header.code, header.what, header.hint, header.side), now)
+            return self._refused(error_in(header), now)
         if isinstance(header, Answer):
             if header.id not in self._waiting:
                 return []  # It came late: its request failed with a connection that broke.

@@ -5,10 +5,10 @@ import secrets
 import threading
 import time
 
-from broker.parcel import Parcel
+from broker.parcel import Parcel, error_in
 from broker.router import Router, Send
 from broker.speed import Speed
-from codec.errors import LinkError, TrunklineError, from_code
+from codec.errors import LinkError
 from codec.messages import ENCODINGS, Attach, Encodings, Error, Heartbeat, Leave, Welcome
 
 
@@ -84,7 +84,7 @@ class MemoryLink:
                 return None
             header = parcel.header
             if isinstance(header, Error) and header.id == 0:
-                raise _control_error(header)
+                raise error_in(header)
             if not isinstance(header, Welcome | Heartbeat | Leave):
                 return parcel
 
@@ -93,7 +93,3 @@ class MemoryLink:
         if not self._closed:
             self._closed = True
             self._broker.drop(self._route)
-
-
-def _control_error(header: Error) -> TrunklineError:
-    return from_code(header.code, header.what, header.hint, header.side)

@@ -5,7 +5,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from codec.errors import ProtocolError, TrunklineError
+from codec.errors import ProtocolError, TrunklineError, from_code
 from codec.limits import MAX_HEADER_BYTES, MAX_TENSORS
 from codec.messages import AnyHeader, Error, decode_header, encode_header
 
@@ -62,6 +62,11 @@ class Parcel(Struct, frozen=True):
 def error_parcel(request: int, error: TrunklineError) -> Parcel:
     """An error as the answer to `request`; 0 for one that concerns the connection."""
     return Parcel.of(Error(id=request, code=error.code, what=error.what, side=error.at, hint=error.hint))
+
+
+def error_in(header: Error) -> TrunklineError:
+    """The error that another side told of."""
+    return from_code(header.code, header.what, header.hint, header.side)
 
 
 def _memory(frame: Any) -> memoryview:

@@ -8,8 +8,8 @@ import zmq
 from broker.endpoint import check_endpoint, is_ipv6, no_answer
 from broker.handshake import Failure, Watch
 from broker.keys import LinkKeys
-from broker.parcel import Parcel
-from codec.errors import ProtocolError, RefusedError, from_code
+from broker.parcel import Parcel, error_in
+from codec.errors import ProtocolError, RefusedError
 from codec.limits import MAX_FRAME_BYTES
 from codec.messages import Error, Pool, Status
 
@@ -58,5 +58,5 @@ def _answer(socket: "zmq.Socket[bytes]") -> Pool | None:
     except ProtocolError:
         return None
     if isinstance(header, Error):
-        raise from_code(header.code, header.what, header.hint, header.side)
+        raise error_in(header)
     return header if isinstance(header, Pool) else None

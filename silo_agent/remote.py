@@ -14,7 +14,7 @@ from itertools import count
 from torch import Tensor
 
 from broker.link import Link
-from broker.parcel import Parcel
+from broker.parcel import Parcel, error_in
 from codec.errors import (
     DeadlineError,
     LimitError,
@@ -24,7 +24,6 @@ from codec.errors import (
     TrunklineError,
     UnavailableError,
     UnknownNameError,
-    from_code,
 )
 from codec.messages import Answer, Attach, Error, OpenRun, OpenSession, Request, Wire
 from codec.tensors import decode_tensors
@@ -215,7 +214,7 @@ class Remote:
 
     def _arrived(self, header: Answer, parcel: Parcel, kind: str) -> Arrival | TrunklineError:
         if isinstance(header, Error):
-            return from_code(header.code, header.what, header.hint, header.side)
+            return error_in(header)
         try:
             tensors = decode_tensors(header.tensors, parcel.buffers(), boundary=f"answer to {kind}")
         except TrunklineError as error:
