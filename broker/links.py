@@ -12,11 +12,12 @@ from broker.endpoint import no_answer
 from broker.keys import LinkKeys
 from broker.link import Link, ZmqLink
 from broker.parcel import Parcel
+from broker.pool import common_encodings
 from broker.speed import Speed
 from broker.ways import Ways
 from codec.errors import TrunklineError
 from codec.logs import Log
-from codec.messages import ENCODINGS, Attach, Drain, Encodings, Gone
+from codec.messages import Attach, Drain, Encodings, Gone
 
 _LOOK_S = 0.1
 _RETRY_S = 5.0
@@ -61,7 +62,7 @@ class Links:
     @property
     def encodings(self) -> Encodings:
         """What every worker at every broker reads."""
-        return tuple(each for each in ENCODINGS if all(each in link.encodings for link in self._links))
+        return common_encodings(link.encodings for link in self._links)
 
     @property
     def attached(self) -> bool:

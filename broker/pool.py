@@ -1,7 +1,7 @@
 """The peers that are attached, and what a worker says of itself."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -67,7 +67,7 @@ def check_attach(attach: Attach) -> None:
         raise MismatchError("every peer must read raw and planes", side=attach.role)
 
 
-def common_encodings(workers: Iterable[Worker]) -> Encodings:
-    """What every one of these workers reads; everything while there is none."""
-    pool = [worker.encodings for worker in workers]
+def common_encodings(read: Iterable[Collection[Encoding]]) -> Encodings:
+    """Of what each one reads, what all of them do; everything while there is none."""
+    pool = list(read)
     return tuple(encoding for encoding in ENCODINGS if all(encoding in reads for reads in pool))

@@ -135,7 +135,7 @@ class Router:
             id=attach.id,
             heartbeat=self.limits.heartbeat,
             resumed=before is not None,
-            encodings=common_encodings(self.registry.workers.values()),
+            encodings=common_encodings(worker.encodings for worker in self.registry.workers.values()),
         )
         sends.append(Send(route, Parcel.of(welcome)))
         if isinstance(peer, Worker):

@@ -19,8 +19,8 @@ def test_an_alias_does_not_give_the_identity_away() -> None:
 
 def test_what_a_pool_reads_is_what_all_of_it_reads() -> None:
     old, new = reading("raw", "steps"), reading(*ENCODINGS)
-    assert common_encodings([]) == ENCODINGS == common_encodings([new])
-    assert common_encodings([new, old]) == ("raw", "steps")
+    assert common_encodings([]) == ENCODINGS == common_encodings([new.encodings])
+    assert common_encodings([new.encodings, old.encodings]) == ("raw", "steps")
 
 
 def reading(*encodings: str) -> Worker:
