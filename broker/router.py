@@ -244,9 +244,10 @@ class Router:
         silo.account.check_request(size, self.limits)
         hold = self.registry.hold(silo, header)
         kind = type(header)
-        opens = cast("OpenSession | OpenRun", header) if kind in _OPENS else None
         rank, tokens = cost(header)
-        pending = Pending(hold.flow, number, rank, tokens, silo=silo, hold=hold, size=size, opens=opens)
+        pending = Pending(
+            hold.flow, number, rank, tokens, silo=silo, hold=hold, size=size, opens=kind in _OPENS
+        )
         silo.pending[number] = pending
         pending.charge()
         if hold.chain is not None:
@@ -278,14 +279,14 @@ class Router:
             return []  # Answered already, or not this worker's to answer.
         silo, hold = pending.silo, pending.hold
         if silo.take(pending):
-            if pending.opens is not None:
+            if pending.opens:
                 self._opened(silo, hold, isinstance(parcel.header, Error))
             sends = [Send(silo.route, parcel.to(b""))]
         elif number in silo.pending and hold.chain is not None:
             sends = self._stage_answered(worker, silo, hold, parcel)
         else:
             sends = []  # Nobody waits for it any more.
-            if pending.opens is not None and self.registry.silos.get(silo.alias) is silo:
+            if pending.opens and self.registry.silos.get(silo.alias) is silo:
                 self._opened(silo, hold, isinstance(parcel.header, Error))
             pending.settle()
             if (now := self.registry.silos.get(silo.alias)) and not self.registry.owed(silo.alias, number):

@@ -10,7 +10,7 @@ from broker.parcel import Parcel
 from broker.pool import Peer, Worker
 from broker.quota import Account
 from codec.errors import ProtocolError
-from codec.messages import OpenRun, OpenSession, Request, Role
+from codec.messages import Request, Role
 
 
 @dataclass(slots=True, eq=False)
@@ -42,13 +42,13 @@ class Hold:
 class Pending(Ask, eq=False, kw_only=True):
     """A request of `silo` about `hold`, until its answer; with a chain there is one more for each stage.
 
-    `size` in bytes, `opens` is its header if it opens a name, `parcel` is there until it is sent.
+    `size` in bytes, `opens` if it opens a name, `parcel` is there until it is sent.
     """
 
     silo: "Silo"
     hold: Hold
     size: int = 0
-    opens: OpenSession | OpenRun | None = None
+    opens: bool = False
     parcel: Parcel | None = None
     charged: bool = False
     """Whether it counts against its silo's quotas."""
