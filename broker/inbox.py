@@ -36,7 +36,7 @@ class Inbox(Generic[A]):
 
     def passes(self, ask: A) -> bool:
         """Whether a new request goes at once: nothing waits, and there is credit for it."""
-        if self.waiting or (self.tokens_under_way and self.tokens_under_way + ask.tokens > self.credit):
+        if self.waiting or not self._fits(ask):
             return False
         self._send(ask)
         return True
@@ -62,7 +62,7 @@ class Inbox(Generic[A]):
         while self.waiting:
             turns = self._next()
             ask = turns.first()
-            if self.tokens_under_way and self.tokens_under_way + ask.tokens > self.credit:
+            if not self._fits(ask):
                 break
             turns.take()
             for other in self._classes:
@@ -116,6 +116,10 @@ class Inbox(Generic[A]):
         yield from self._under_way.values()
         for flow in self._flows.values():
             yield from flow
+
+    def _fits(self, ask: A) -> bool:
+        """Whether there is credit for it; for one alone there always is."""
+        return not self.tokens_under_way or self.tokens_under_way + ask.tokens <= self.credit
 
     def _next(self) -> Turns[A]:
         waiting = [turns for turns in self._classes if turns]
