@@ -1,6 +1,6 @@
 """Who is attached, and who holds which session and run."""
 
-from broker.ask import RunKey, flow_of, run_key
+from broker.ask import Flow, RunKey, flow_of, run_key
 from broker.chain import Chain
 from broker.pool import Worker
 from broker.quota import Account, Limits
@@ -46,7 +46,8 @@ class Registry:
         Raises `UnknownNameError`, `UnavailableError` for what left with its worker, `MismatchError` for
         a run that is not the silo's to open, `LimitError` over a quota, and as `choose_route` does.
         """
-        names, name = silo.names(header)
+        flow = flow_of(silo.alias, header)
+        names, name = silo.names(flow), flow[2]
         hold = names.get(name)
         if isinstance(header, OpenRun):
             _check_member(silo, header.plan.members, hold)
@@ -58,7 +59,7 @@ class Registry:
             if hold is None:
                 check = silo.account.check_run if isinstance(header, OpenRun) else silo.account.check_session
                 check(self.limits)
-            hold = names[name] = self._open(silo, header)
+            hold = names[name] = self._open(flow, header)
             return hold
         if hold is None:
             raise UnknownNameError(f"you have no session or run {name!r} open")
@@ -85,8 +86,7 @@ class Registry:
         for run in [run for run in self.runs if run not in joined]:
             self.runs.pop(run).load -= 1
 
-    def _open(self, silo: Silo, header: OpenSession | OpenRun) -> Hold:
-        flow = flow_of(silo.alias, header)
+    def _open(self, flow: Flow, header: OpenSession | OpenRun) -> Hold:
         wanted = header.model, Span(header.start, header.stop), header.encodings
         if isinstance(header, OpenRun):
             key = run_key(header)

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from broker.ask import Ask, Flow, RunKey, flow_of
+from broker.ask import Ask, Flow, RunKey
 from broker.chain import Chain
 from broker.parcel import Parcel
 from broker.pool import Peer, Worker
 from broker.quota import Account
 from codec.errors import ProtocolError
-from codec.messages import Request, Role
+from codec.messages import Role
 
 
 @dataclass(slots=True, eq=False)
@@ -93,10 +93,9 @@ class Silo(Peer):
         if number in self.pending or number in self.owed:
             raise ProtocolError(f"request {number} is already on its way")
 
-    def names(self, header: Request) -> tuple[dict[str, Hold], str]:
-        """Where this request's name is kept, and the name."""
-        _, kind, name = flow_of(self.alias, header)
-        return (self.sessions if kind == "session" else self.runs), name
+    def names(self, flow: Flow) -> dict[str, Hold]:
+        """Where the name of what this is about is kept."""
+        return self.sessions if flow[1] == "session" else self.runs
 
     def holds(self) -> Iterator[Hold]:
         """Everything this silo has at workers that are still there."""
@@ -105,11 +104,11 @@ class Silo(Peer):
 
     def has(self, hold: Hold) -> bool:
         """Whether this is what its name stands for."""
-        return self._names_of(hold).get(hold.flow[2]) is hold
+        return self.names(hold.flow).get(hold.flow[2]) is hold
 
     def forget(self, hold: Hold) -> None:
         """Its name is free again."""
-        del self._names_of(hold)[hold.flow[2]]
+        del self.names(hold.flow)[hold.flow[2]]
 
     def take(self, pending: Pending) -> bool:
         """Whether this is a request that still waits; it is answered now."""
@@ -122,6 +121,3 @@ class Silo(Peer):
     def opening(self, hold: Hold) -> bool:
         """Whether a request that may still open this name is on its way."""
         return any(pending.opens and pending.hold is hold for pending in self.pending.values())
-
-    def _names_of(self, hold: Hold) -> dict[str, Hold]:
-        return self.sessions if hold.flow[1] == "session" else self.runs
