@@ -12,7 +12,7 @@ import pytest
 import broker.door
 import broker.server
 from broker.keyring import KeyRing
-from broker.link import ZmqLink
+from broker.link import Link, ZmqLink
 from broker.parcel import Parcel
 from broker.pool import alias_of
 from broker.quota import Limits
@@ -228,7 +228,7 @@ def connect() -> Iterator[Callable[..., ZmqLink]]:
 class Echo:
     """A worker on a thread: opens what is asked for and sends tensors back as they came."""
 
-    def __init__(self, link: ZmqLink) -> None:
+    def __init__(self, link: Link) -> None:
         self.link = link
         self.gone: list[str] = []
         self.silent = threading.Event()
@@ -264,17 +264,24 @@ class Echo:
 
 
 @pytest.fixture
-def start_echo(connect: Callable[..., ZmqLink]) -> Iterator[Callable[..., Echo]]:
-    """`start_echo(endpoint, credit=2)`: an attached worker that echoes, stopped after the test."""
+def echo_over() -> Iterator[Callable[[Link], Echo]]:
+    """`echo_over(link)`: a worker that echoes, stopped after the test, and its link closed."""
     started: list[Echo] = []
 
-    def start(endpoint: str, **fields: Any) -> Echo:
-        started.append(Echo(connect(endpoint, worker_attach("echo", **fields))))
+    def start(link: Link) -> Echo:
+        started.append(Echo(link))
         return started[-1]
 
     yield start
     for echo in started:
         echo.stop()
+        echo.link.close()
+
+
+@pytest.fixture
+def start_echo(connect: Callable[..., ZmqLink], echo_over: Callable[[Link], Echo]) -> Callable[..., Echo]:
+    """`start_echo(endpoint, credit=2)`: an attached worker that echoes, stopped after the test."""
+    return lambda endpoint, **fields: echo_over(connect(endpoint, worker_attach("echo", **fields)))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from broker.memory import MemoryBroker
 from broker.parcel import Parcel
 from broker.pool import alias_of
 from codec.errors import LinkError, RefusedError, TrunklineError, UsageError
-from codec.messages import Attach, Drain, Error, Gone, Opened, OpenSession, Result
+from codec.messages import Drain, Error, Gone, Opened, OpenSession, Result
 
 A, B = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
 
@@ -170,33 +170,37 @@ def test_one_pool_behind_two_brokers(introduce: Any, opening: Any, extending: An
 
 
 def test_a_silo_goes_on_at_the_next_broker(
-    start_broker: Any, connect: Any, introduce: Any, opened: Any, extending: Any, answer_to: Any, until: Any
+    start_broker: Any,
+    echo_over: Any,
+    connect: Any,
+    introduce: Any,
+    opened: Any,
+    extending: Any,
+    answer_to: Any,
+    until: Any,
 ) -> None:
     first, second = start_broker(), start_broker()
     endpoints = [first.endpoint, second.endpoint]
-    echo = EchoEverywhere(endpoints, introduce("worker"))
-    try:
-        silo, numbers = connect(endpoints, introduce("silo")), count(1)
-        opened(silo, "s", numbers)
-        echo.silent.set()
-        silo.send(Parcel.of(extending("s", lost := next(numbers))))
-        until(lambda: echo.taken >= 2)
-        begun = time.monotonic()
-        first.stop()
-        answer = answer_to(silo, lost)
-        assert answer.header.code == "unavailable"
-        assert "broke" in answer.header.what
-        echo.silent.clear()
-        opened(silo, "s", numbers)
-        assert time.monotonic() - begun < 1.5
-        silo.send(Parcel.of(extending("s", number := next(numbers)), [b"x"]))
-        assert answer_to(silo, number).buffers()[0] == b"x"
-        # The first one is there again: the silo stays where it is.
-        start_broker(endpoints[0])
-        silo.send(Parcel.of(extending("s", number := next(numbers)), [b"y"]))
-        assert answer_to(silo, number).buffers()[0] == b"y"
-    finally:
-        echo.stop()
+    echo = echo_over(broker.links.attach_everywhere(endpoints, introduce("worker"), patience=10.0))
+    silo, numbers = connect(endpoints, introduce("silo")), count(1)
+    opened(silo, "s", numbers)
+    echo.silent.set()
+    silo.send(Parcel.of(extending("s", lost := next(numbers))))
+    until(lambda: echo.taken >= 2)
+    begun = time.monotonic()
+    first.stop()
+    answer = answer_to(silo, lost)
+    assert answer.header.code == "unavailable"
+    assert "broke" in answer.header.what
+    echo.silent.clear()
+    opened(silo, "s", numbers)
+    assert time.monotonic() - begun < 1.5
+    silo.send(Parcel.of(extending("s", number := next(numbers)), [b"x"]))
+    assert answer_to(silo, number).buffers()[0] == b"x"
+    # The first one is there again: the silo stays where it is.
+    start_broker(endpoints[0])
+    silo.send(Parcel.of(extending("s", number := next(numbers)), [b"y"]))
+    assert answer_to(silo, number).buffers()[0] == b"y"
 
 
 def test_a_broker_without_workers_is_left_for_another(
@@ -222,32 +226,3 @@ def test_a_broker_without_workers_is_left_for_another(
         assert ask(alone, opening("s", id=next(numbers))).header.code == "nobody"
         alone.elsewhere()
     until(lambda: len(empty.server.router.peers) == 1)
-
-
-class EchoEverywhere:
-    """A worker at several brokers that sends tensors back as they came."""
-
-    def __init__(self, endpoints: list[str], attach: Attach) -> None:
-        self.links = broker.links.attach_everywhere(endpoints, attach, patience=10.0)
-        self.taken = 0
-        self.silent = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while not self._stop.is_set():
-            parcel = self.links.receive(0.05)
-            if parcel is None or isinstance(parcel.header, Gone):
-                continue
-            self.taken += 1
-            if self.silent.is_set():
-                continue
-            header = parcel.header
-            answer = Opened(id=header.id) if isinstance(header, OpenSession) else Result(id=header.id)
-            self.links.send(Parcel.of(answer, parcel.tensors, parcel.peer))
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(5)
-        self.links.close()
