@@ -50,9 +50,9 @@ class Tally(logging.Handler):
         elif record.getMessage() == "message refused":
             self.reactions["victim.dropped"] += 1
 
-    def threw(self, who: str, number: int = 1) -> None:
-        """`who` sent so many messages."""
-        self.thrown[who] += number
+    def threw(self, who: str) -> None:
+        """`who` sent a message."""
+        self.thrown[who] += 1
 
     def heard(self, who: str, header: AnyHeader) -> None:
         """`who` was sent this."""
