@@ -204,10 +204,9 @@ def test_no_class_starves(credit: int, waiting: Rank, others: list[tuple[str, Ra
     assert desk.asks("patient", waiting, 1) == []
     passed = 0
     for silo, rank, size in others * 200:
-        if rank is not waiting:
-            desk.asks(silo, rank, size)
-            desk.asks(silo, rank, size)
-        for ask in desk.answers():
+        new = 0 if rank is waiting else 2
+        going = [ask for _ in range(new) for ask in desk.asks(silo, rank, size)]
+        for ask in [*going, *desk.answers()]:
             if ask.flow[0] == b"patient":
                 return
             passed += ask.tokens
