@@ -18,9 +18,11 @@ from codec.plan import LoraPlan
 from workers import runtime  # before torch: it sets how idle threads wait
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from broker.link import ZmqLink
     from silo_agent.adapters import SavedAdapter
     from silo_agent.ends import Ends
     from silo_agent.noise import Noise, NoiseScale
@@ -109,6 +111,11 @@ class ModelOptions:
 
         return NoiseScale(self.noise, self.noise_abs, self.noise_mean_abs, self.noise_clip)
 
+    def placed(self) -> "tuple[torch.device, torch.dtype]":
+        """Where and in what numbers it computes. Raises `UsageError` for a device that is not there."""
+        device = runtime.choose_device(self.device)
+        return device, runtime.choose_dtype(self.dtype, device)
+
 
 @dataclass(frozen=True, slots=True)
 class SiloOptions(ModelOptions):
@@ -120,6 +127,14 @@ class SiloOptions(ModelOptions):
     broker_key: str | None
     wait: float
     deadline: float
+
+    def link(self) -> "ZmqLink":
+        """A link to the broker. Raises what `link_keys` and `ZmqLink` raise."""
+        from broker.link import ZmqLink
+        from silo_agent.remote import silo_attach
+
+        keys = link_keys(self.key, self.broker_key, "silo")
+        return ZmqLink(self.broker, silo_attach(self.name), patience=self.wait, keys=keys)
 
     def check_delta(self, delta: float | None) -> None:
         """Raises `UsageError` if `--delta` is given and no account can be."""
@@ -236,24 +251,21 @@ def open_silo(options: SiloOptions, tokenizer: "PreTrainedTokenizerBase") -> Ite
 
     Raises any `TrunklineError`: bad options, unknown model, unreachable broker.
     """
-    from broker.link import ZmqLink
     from silo_agent.ends import Ends
     from silo_agent.noise import Noise
-    from silo_agent.remote import Remote, silo_attach
+    from silo_agent.remote import Remote
     from silo_agent.wires import Wires
     from workers.checkpoint import Checkpoint
 
     scale = options.scale()
-    device = runtime.choose_device(options.device)
+    device, dtype = options.placed()
     partition = Partition(options.head, options.tail)
     checkpoint = Checkpoint(options.model)
     partition.spans(checkpoint.blocks)
     noise = Noise(scale, seed=options.noise_seed, device=str(device))
-    keys = link_keys(options.key, options.broker_key, "silo")
-    link = ZmqLink(options.broker, silo_attach(options.name), patience=options.wait, keys=keys)
+    link = options.link()
     remote = Remote(link, deadline=options.deadline)
     try:
-        dtype = runtime.choose_dtype(options.dtype, device)
         ends = Ends(checkpoint, partition, dtype=dtype, device=device)
         wires = Wires(
             options.wire,

@@ -19,7 +19,6 @@ from silo_agent.noise import Noise
 from silo_agent.options import ModelOptions
 from silo_agent.tasks.options import DataOptions
 from silo_agent.wires import Wires
-from workers import runtime
 from workers.checkpoint import Checkpoint
 from workers.lora import add_adapter
 
@@ -38,8 +37,7 @@ def all_sent(
 
     Raises any `TrunklineError`: bad options, an adapter that does not fit, values that cannot cross.
     """
-    device = runtime.choose_device(options.device)
-    dtype = runtime.choose_dtype(options.dtype, device)
+    device, dtype = options.placed()
     ends = Ends(checkpoint, Partition(options.head, options.tail), dtype=dtype, device=device)
     model = PublicModel(checkpoint, ends)
     if saved is not None:

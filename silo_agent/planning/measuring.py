@@ -3,8 +3,6 @@
 from contextlib import closing
 from dataclasses import replace
 
-from broker.key_files import link_keys
-from broker.link import ZmqLink
 from codec.messages import ENCODINGS
 from codec.partition import Partition
 from codec.plan import LoraPlan
@@ -14,9 +12,8 @@ from silo_agent.planning.machine import Machine
 from silo_agent.planning.memory import usable_memory
 from silo_agent.planning.proposal import BOUNDARIES, Measured
 from silo_agent.planning.work import Work
-from silo_agent.remote import Remote, silo_attach
+from silo_agent.remote import Remote
 from silo_agent.wires import Wires
-from workers import runtime
 from workers.checkpoint import Checkpoint
 
 
@@ -27,8 +24,7 @@ def measure_machine(
 
     Raises `ModelError`, `UsageError`, and `MismatchError` for an adapter that the model cannot have.
     """
-    device = runtime.choose_device(options.device)
-    dtype = runtime.choose_dtype(options.dtype, device)
+    device, dtype = options.placed()
     usable = usable_memory(device) if memory is None else memory
     machine = Machine(checkpoint, work, lora, dtype=dtype, device=device)
     return Measured(machine.blocks(), machine.rest(), int(checkpoint.config.hidden_size), usable)
@@ -41,12 +37,10 @@ def measure_way(
 
     Raises `LinkError` for a broker that cannot be reached.
     """
-    device = runtime.choose_device(options.device)
-    dtype = runtime.choose_dtype(options.dtype, device)
+    device, dtype = options.placed()
     line = None
     if options.broker:
-        keys = link_keys(options.key, options.broker_key, "silo")
-        link = ZmqLink(options.broker, silo_attach(options.name), patience=options.wait, keys=keys)
+        link = options.link()
         with closing(Remote(link, deadline=options.deadline)) as remote:
             trunk = partition.spans(checkpoint.blocks)[1]
             card = checkpoint.card(range(trunk.start, trunk.stop))
