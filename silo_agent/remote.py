@@ -239,6 +239,11 @@ def _opened(came: Arrival | TrunklineError) -> Arrival:
     return came
 
 
+def unrecovered(loss: TrunklineError, what: str, failure: TrunklineError) -> TrunklineError:
+    """An error of `failure`'s kind that tells of both: the `loss`, and `what` was tried after it in vain."""
+    return type(failure)(f"{loss.what}; {what}: {failure.what}", hint=failure.hint, side=failure.at)
+
+
 def expect(arrival: Arrival, tensors: int) -> list[Tensor]:
     """The arrival's tensors. Raises `ProtocolError` unless there are exactly `tensors`."""
     if len(arrival.tensors) != tensors:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from codec.errors import ProtocolError, TrunklineError
 from codec.messages import Adapter, CloseRun, GetAdapter, Opened, OpenRun
-from silo_agent.remote import LOST, NOT_YET, Remote
+from silo_agent.remote import LOST, NOT_YET, Remote, unrecovered
 
 _RECOVERIES = 3
 """For one request beside the steps."""
@@ -51,11 +51,7 @@ class RemoteRun:
         try:
             return self.open()
         except TrunklineError as failure:
-            raise type(failure)(
-                f"{loss.what}; the run could not be joined again: {failure.what}",
-                hint=failure.hint,
-                side=failure.at,
-            ) from loss
+            raise unrecovered(loss, "the run could not be joined again", failure) from loss
 
     def adapter(self) -> dict[str, Tensor]:
         """The trunk's adapter by global name. Raises what `Remote.take` raises."""

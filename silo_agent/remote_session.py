@@ -10,7 +10,7 @@ from codec.errors import TrunklineError, UnavailableError
 from codec.messages import CloseSession, OpenSession
 from silo_agent.packed import Packed
 from silo_agent.recording import Recording
-from silo_agent.remote import LOST, NOT_YET, Arrival, Remote
+from silo_agent.remote import LOST, NOT_YET, Arrival, Remote, unrecovered
 
 _RECOVERIES = 3
 """For one extend, and for a session that may be what its workers fall over. A broker that was restarted, or
@@ -79,11 +79,7 @@ class RemoteSession:
             else:
                 self._intact = True
                 return arrival
-        raise type(failure)(
-            f"{loss.what}; the session could not be moved: {failure.what}",
-            hint=failure.hint,
-            side=failure.at,
-        ) from loss
+        raise unrecovered(loss, "the session could not be moved", failure) from loss
 
     def _reopen(self, wait: float) -> None:
         # A worker that is merely slow frees the old caches first; and a broker may choose another one.
