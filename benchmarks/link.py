@@ -22,6 +22,7 @@ from benchmarks.progress import Progress
 from broker.link import ZmqLink
 from codec.messages import Backward, Extend, Forward, OpenRun, OpenSession
 from codec.plan import RunPlan
+from silo_agent.packed import pack
 from silo_agent.processes import Processes
 from silo_agent.remote import Remote, expect, silo_attach
 from silo_agent.wires import Boundary, Choice, Wires
@@ -53,13 +54,12 @@ class _Client:
             run=self.wire, microbatch=0, lengths=(len(sent),), wire=self.wires.pick("trunk → tail", *shape)
         )
         wire = self.wires.pick("head → trunk", *shape)
-        expect(self.remote.call(forward, [sent], wire=wire, step=sigma), 1)
+        expect(self.remote.wait(self.remote.send(pack(forward, [sent], wire=wire, step=sigma))), 1)
         backward = Backward(
             run=self.wire, microbatch=0, wire=self.wires.pick("trunk → head (gradient)", *shape)
         )
-        number = self.remote.submit(
-            backward, [gradient], wire=self.wires.pick("tail → trunk (gradient)", *shape), stochastic=True
-        )
+        wire = self.wires.pick("tail → trunk (gradient)", *shape)
+        number = self.remote.send(pack(backward, [gradient], wire=wire, stochastic=True))
         arrival = self.remote.take()
         assert arrival is not None
         assert arrival.header.id == number
@@ -73,7 +73,7 @@ class _Client:
             session="s", rows=(0,), starts=(0,), lengths=(1,), wire=self.wires.pick("trunk → tail", *shape)
         )
         wire = self.wires.pick("head → trunk", *shape)
-        expect(self.remote.call(extend, [sent], wire=wire, step=sigma), 1)
+        expect(self.remote.wait(self.remote.send(pack(extend, [sent], wire=wire, step=sigma))), 1)
         return time.perf_counter() - begun
 
 

@@ -25,7 +25,7 @@ from codec.errors import (
     UnavailableError,
     UnknownNameError,
 )
-from codec.messages import Answer, Attach, Error, OpenRun, OpenSession, Request, Wire
+from codec.messages import Answer, Attach, Error, OpenRun, OpenSession, Request
 from codec.tensors import decode_tensors
 from silo_agent.packed import Packed, pack, tokens_of
 
@@ -84,19 +84,10 @@ class Remote:
         self.traffic = Traffic()
 
     def submit(
-        self,
-        request: Request,
-        tensors: Sequence[Tensor] = (),
-        *,
-        wire: Wire = "exact",
-        step: float = 0.0,
-        stochastic: bool = False,
-        mask: Tensor | None = None,
-        deadline: float | None = None,
+        self, request: Request, tensors: Sequence[Tensor] = (), *, deadline: float | None = None
     ) -> int:
-        """`send` a request whose tensors are encoded now (see `pack`)."""
-        packed = pack(request, tensors, wire=wire, step=step, stochastic=stochastic, mask=mask)
-        return self.send(packed, deadline=deadline)
+        """`send` a request, every bit of its tensors."""
+        return self.send(pack(request, tensors), deadline=deadline)
 
     def send(self, packed: Packed, *, deadline: float | None = None) -> int:
         """Send a request and return its number; nothing is awaited.
@@ -138,17 +129,10 @@ class Remote:
         return _opened(self._early.pop(number))
 
     def call(
-        self,
-        request: Request,
-        tensors: Sequence[Tensor] = (),
-        *,
-        wire: Wire = "exact",
-        step: float = 0.0,
-        mask: Tensor | None = None,
-        deadline: float | None = None,
+        self, request: Request, tensors: Sequence[Tensor] = (), *, deadline: float | None = None
     ) -> Arrival:
-        """Send a request and `wait` for its answer."""
-        return self.wait(self.submit(request, tensors, wire=wire, step=step, mask=mask, deadline=deadline))
+        """`submit` a request and `wait` for its answer."""
+        return self.wait(self.submit(request, tensors, deadline=deadline))
 
     def tell(self, request: Request) -> None:
         """Send a request whose answer nobody awaits: not even that it failed is heard of."""

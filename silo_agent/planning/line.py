@@ -12,6 +12,7 @@ from codec.errors import LimitError, MismatchError, ProtocolError, UnavailableEr
 from codec.messages import CloseSession, Extend, OpenSession, Result
 from codec.partition import Span
 from codec.plan import ModelCard
+from silo_agent.packed import pack
 from silo_agent.planning.proposal import Line
 from silo_agent.remote import Remote
 
@@ -44,7 +45,8 @@ def _trunk_seconds(remote: Remote, card: ModelCard, trunk: Span, dtype: torch.dt
         for tokens in _TOKENS:
             begun = time.monotonic()
             request = Extend(session=session, rows=(0,), starts=(0,), lengths=(tokens,), wire="raw")
-            header = remote.call(request, [torch.randn(tokens, card.hidden, dtype=dtype)], wire="raw").header
+            packed = pack(request, [torch.randn(tokens, card.hidden, dtype=dtype)], wire="raw")
+            header = remote.wait(remote.send(packed)).header
             if not isinstance(header, Result):
                 raise ProtocolError("the worker answered an extend with something else", side="worker")
             seconds = header.seconds / tokens

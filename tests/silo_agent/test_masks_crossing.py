@@ -15,6 +15,7 @@ from codec.messages import Extend, Forward, MaskSpec, OpenRun
 from codec.plan import RunPlan
 from silo_agent.microbatch import Example, MicroBatch, pack_examples
 from silo_agent.noise import Noise, NoiseScale
+from silo_agent.packed import pack
 from silo_agent.trainer import Trainer
 
 PLAN = RunPlan(steps=3, learning_rate=5e-3)
@@ -101,8 +102,9 @@ def test_a_mask_of_another_size_is_refused_and_disturbs_nothing(
         remote = pool.remote()
         with pool.session(remote=remote) as session:
             request = Extend(session=session._name, rows=(0,), starts=(0,), lengths=(len(ids),))
+            packed = pack(request, [torch.zeros(len(ids), 64)], mask=torch.ones(2, 2, dtype=torch.bool))
             with pytest.raises(MismatchError, match=f"a mask of 2 by 2 for {len(ids)} tokens"):
-                remote.call(request, [torch.zeros(len(ids), 64)], mask=torch.ones(2, 2, dtype=torch.bool))
+                remote.wait(remote.send(packed))
             logits = session.extend([0], [ids])
         assert torch.allclose(logits[0], tiny.logits(ids)[-1], atol=2e-5)
 
@@ -120,7 +122,7 @@ def test_a_token_that_sees_nothing_is_refused_on_either_side(new_pool: Callable[
                 session.extend([0], [[5, 6, 7]], mask=torch.ones(4, 4, dtype=torch.bool))
             request = Extend(session=session._name, rows=(0,), starts=(0,), lengths=(3,))
             with pytest.raises(MismatchError, match="does not see itself"):
-                remote.call(request, [torch.zeros(3, 64)], mask=blind)
+                remote.wait(remote.send(pack(request, [torch.zeros(3, 64)], mask=blind)))
 
 
 def test_a_mask_without_its_frame_is_refused(new_pool: Callable[[], Any], tiny: Any) -> None:

@@ -20,6 +20,7 @@ from codec.errors import (
 )
 from codec.messages import CloseSession, Done, Error, Extend, OpenSession, Result
 from codec.tensors import encode_tensors
+from silo_agent.packed import pack
 from silo_agent.remote import Remote, expect
 
 ASK = CloseSession(session="s")
@@ -208,7 +209,7 @@ def test_what_a_broker_would_drop_is_not_sent(
 
 def test_traffic_counts_what_crossed_each_way(cable: Cable, remote: Remote) -> None:
     for tokens in (5, 1):
-        number = remote.submit(ASK, [torch.ones(tokens, 64)], wire="bf16")
+        number = remote.send(pack(ASK, [torch.ones(tokens, 64)], wire="bf16"))
         cable.answer(number, torch.ones(tokens, 64))
         remote.take()
     assert remote.traffic.bytes == {"close-session up": 6 * 64 * 2, "close-session down": 6 * 64 * 4}
