@@ -12,7 +12,6 @@ from torch import Tensor
 
 from codec.errors import MismatchError, SaveError
 from codec.partition import Partition, Span
-from codec.plan import Name
 from silo_agent.noise import Moments
 from workers.place import Directory
 from workers.sealed import seal, unseal
@@ -38,7 +37,6 @@ class Standing(Struct, frozen=True, forbid_unknown_fields=True):
 class Snapshot(Struct, frozen=True, forbid_unknown_fields=True):
     """How to join the run again, and under which `terms` (model, plan, data, noise) it was begun."""
 
-    run: Name
     ticket: bytes
     seat: bytes
     terms: dict[str, str]

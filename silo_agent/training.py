@@ -76,7 +76,7 @@ def train(
 
     def keep(standing: Standing, tensors: Tensors) -> None:
         ticket, seat = remote_run.opening.ticket, remote_run.opening.seat
-        write_snapshot(settings.out, Snapshot(settings.run, ticket, seat, terms, standing), tensors)
+        write_snapshot(settings.out, Snapshot(ticket, seat, terms, standing), tensors)
 
     trainer = Trainer(
         ends,

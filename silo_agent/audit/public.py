@@ -24,7 +24,7 @@ class PublicModel:
         self.head, self.tail = ends.head, ends.tail
         self._trunk = ends.trunk
         self.device, self.dtype = ends.device, ends.head.dtype
-        self.hidden, self.vocabulary = ends.card.hidden, int(ends.config.vocab_size)
+        self.vocabulary = int(ends.config.vocab_size)
         self.states_after = lru_cache(maxsize=2)(self._states_after)
 
     @cached_property

@@ -61,7 +61,7 @@ class Member:
         home = run.open()
 
         def keep(standing: Any, tensors: Any) -> None:
-            snapshot = Snapshot("run", run.opening.ticket, run.opening.seat, {}, standing)
+            snapshot = Snapshot(run.opening.ticket, run.opening.seat, {}, standing)
             write_snapshot(self._place, snapshot, tensors)
 
         trainer = Trainer(

@@ -12,7 +12,6 @@ from silo_agent.noise import Moments
 from silo_agent.snapshot import FILE, Snapshot, Standing, read_snapshot, remove_snapshot, write_snapshot
 
 SNAPSHOT = Snapshot(
-    run="clinics",
     ticket=bytes(16),
     seat=bytes(range(16)),
     terms={"--batch": "4", "data": "f00d"},
