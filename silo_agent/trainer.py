@@ -32,9 +32,6 @@ from silo_agent.window import Window
 from silo_agent.wires import Wires
 from workers.optimizer import PartOptimizer
 
-_KEPT = 256
-"""Micro-batches of one silo that a worker keeps between forward and backward."""
-
 _GRADIENT = "gradient:"
 
 Tensors = dict[str, Tensor]
@@ -99,7 +96,7 @@ class Trainer:
         """
         self._ends, self._remote, self._run, self._plan = ends, remote, run, plan
         self._noise, self._patience, self._rejoin, self._keep = noise, patience, rejoin, keep
-        self._window = Window(window, most=_KEPT)
+        self._window = Window(window)
         self._wires = wires or Wires("exact")
         self._optimizer = PartOptimizer(plan, ends.adapter())
         self._trains_head = bool(ends.head_adapter()) and not freeze_head

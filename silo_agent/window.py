@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 LEAST = 2
 MOST = 64
-"""The worker keeps each one's activations, and the head keeps its own."""
+"""The worker, which would take more, keeps each one's activations, and the head keeps its own."""
 
 FIRST = 4
 """Before anything was measured."""
@@ -59,14 +59,13 @@ class _Step:
 class Window:
     """`size` micro-batches may be in flight: tuned from their times, or `fixed`."""
 
-    def __init__(self, fixed: int | None = None, *, most: int = MOST) -> None:
-        """`most` is what the worker has room for."""
-        self._fixed, self._most = fixed, min(MOST, max(1, most))
+    def __init__(self, fixed: int | None = None) -> None:
+        self._fixed = fixed
         self._turns: dict[int, _Turn] = {}
         self._steps: deque[_Step] = deque([_Step()], maxlen=_STEPS)
         self._done = self._done_before_step = 0
         self._largest = 1
-        self.size = fixed or min(FIRST, self._most)
+        self.size = fixed or FIRST
         """How many may be in flight now."""
 
     def began(self, number: int, now: float) -> None:
@@ -111,7 +110,7 @@ class Window:
 
     def _tune(self) -> None:
         if self._fixed is None:
-            most = max(1, min(self._most, _BYTES // self._largest))
+            most = max(1, min(MOST, _BYTES // self._largest))
             self.size = min(most, max(LEAST, math.ceil(_ROOM * _product(self._steps))))
 
 
