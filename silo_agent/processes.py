@@ -3,7 +3,6 @@
 For the demo, the benchmarks and the integration tests: real processes on loopback, free ports.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -53,12 +52,11 @@ class Process:
 
     def terminate(self) -> None:
         """Ask it to end; nothing is awaited."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGTERM)
+        self._popen.terminate()
 
     def running(self) -> bool:
         """Whether it has not ended yet."""
-        return self._popen.poll() is None
+        return self.code is None
 
     @property
     def code(self) -> int | None:
@@ -77,7 +75,7 @@ class Process:
 
     def check(self) -> None:
         """Raises if it ended with an error."""
-        if self._popen.poll() not in (None, 0):
+        if self.code not in (None, 0):
             self.wait(_STOP_S)
 
     def last_words(self) -> str:
@@ -92,8 +90,7 @@ class Process:
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End it: ask first, and kill it if it has not gone within five seconds."""
         if self.running():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+            self._popen.send_signal(number)
             try:
                 self._popen.wait(_STOP_S)
             except subprocess.TimeoutExpired:
