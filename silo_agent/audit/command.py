@@ -8,10 +8,9 @@ from typing import Any
 import click
 
 from silo_agent.display import progress_bar
-from silo_agent.options import ModelOptions, load_saved, model_options
+from silo_agent.options import ModelOptions, load_saved, load_tokenizer, model_options
 from silo_agent.report import settings_of, write_report
 from silo_agent.tasks.options import DataOptions, data_options
-from workers import runtime  # before torch: it sets how idle threads wait
 
 _FILE = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
@@ -45,8 +44,6 @@ def audit(options: ModelOptions, data: DataOptions, **given: Any) -> None:
       trunkline audit --model smollm2-135m --head 5 --noise 1 --task xsum --data xsum.jsonl \\
           --max-length 80 --attacks unseen,nearest,search --json audit.json --plot audit.png
     """
-    from transformers import AutoTokenizer
-
     from silo_agent.audit.attack import Knowledge
     from silo_agent.audit.attacks import chosen_attacks
     from silo_agent.audit.display import draw_attacks, show_attacks
@@ -55,12 +52,11 @@ def audit(options: ModelOptions, data: DataOptions, **given: Any) -> None:
     from silo_agent.pictures import pyplot
     from workers.checkpoint import Checkpoint
 
-    runtime.quiet_libraries()
     attacks = chosen_attacks(given["names"], given["candidates"])
     if given["plot"] is not None:
         pyplot()  # If it is not there, this is said before the work and not after it.
-    checkpoint, saved = Checkpoint(options.model), load_saved(given["adapter"])
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.ref)
+    tokenizer, checkpoint = load_tokenizer(options.model), Checkpoint(options.model)
+    saved = load_saved(given["adapter"])
     examples = data.examples(tokenizer, "train")
     texts = examples[: given["examples"]]
     others = public_texts(data, tokenizer, given["public"], examples[given["examples"] :])

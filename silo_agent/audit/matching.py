@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from silo_agent.audit.attack import About, Knowledge, Seen
+from silo_agent.audit.nearest import distances
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,4 @@ class Matching:
             return loss
 
         optimizer.step(distance)
-        return [_nearest(part, table) for part in found.detach().split(lengths)]
-
-
-def _nearest(vectors: Tensor, table: Tensor) -> Tensor:
-    """The token with the embedding nearest to each vector, int64 `[tokens]`."""
-    return (table.square().sum(1) - 2 * (vectors @ table.T)).argmin(1).cpu()
+        return [distances(part, table).argmin(1).cpu() for part in found.detach().split(lengths)]

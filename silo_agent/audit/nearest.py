@@ -43,6 +43,9 @@ def nearest_tokens(knowledge: Knowledge, states: Tensor, count: int) -> Tensor:
 
 
 def _nearest(states: Tensor, table: Tensor, count: int) -> Tensor:
-    """By squared distance, less what is the same for every token."""
-    distances = table.square().sum(1) - 2 * (states.to(table) @ table.T)
-    return distances.topk(count, dim=1, largest=False).indices.cpu()
+    return distances(states, table).topk(count, dim=1, largest=False).indices.cpu()
+
+
+def distances(states: Tensor, table: Tensor) -> Tensor:
+    """Squared, from each state to every row of the table, less what is the same for all rows."""
+    return table.square().sum(1) - 2 * (states.to(table) @ table.T)
