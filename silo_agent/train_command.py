@@ -156,7 +156,7 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
         click.echo(
             f"no unfinished run at {given['resume']}: a new one begins with the adapter there", err=True
         )
-    tokenizer = load_tokenizer(options.model)
+    tokenizer, checkpoint = load_tokenizer(options.model), Checkpoint(options.model)
     plan = checked_plan(
         silos=given["silos"],
         steps=given["steps"],
@@ -164,7 +164,7 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
         lora={
             "rank": given["rank"],
             "alpha": given["alpha"],
-            "targets": lora_targets(Checkpoint(options.model).config, given["lora_targets"]),
+            "targets": lora_targets(checkpoint.config, given["lora_targets"]),
         },
         learning_rate=given["lr"],
         warmup_steps=given["warmup"],
@@ -177,14 +177,14 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
     if given["freeze_head"] and plan.ends == "shared":
         raise UsageError("--freeze-head leaves this silo's head as it is, and --ends shared trains all heads")
     settings = TrainSettings(
-        given["run_name"],
-        given["batch"],
-        given["accumulate"],
-        given["window"],
-        given["patience"],
-        given["out"],
-        given["freeze_head"],
-        plan.steps,
+        run=given["run_name"],
+        batch=given["batch"],
+        accumulate=given["accumulate"],
+        window=given["window"],
+        patience=given["patience"],
+        out=given["out"],
+        freeze_head=given["freeze_head"],
+        last=plan.steps,
     )
     examples = data.examples(tokenizer, "train", everything=given["loss_on"] == "everything")
     work = training_work(
@@ -193,7 +193,7 @@ def train_command(options: SiloOptions, data: DataOptions, **given: Any) -> None
     if unfinished is None:
         options = settled(options, given["partition"], work, plan.lora)
     elif given["partition"] == "auto":  # It was settled when the run began.
-        cut = unfinished[0].cut(Checkpoint(options.model).blocks)
+        cut = unfinished[0].cut(checkpoint.blocks)
         options = dataclasses.replace(options, head=cut.head, tail=cut.tail)
     steps = Steps(examples, settings.batch, settings.accumulate, plan.seed)
     wish = Wish(given["delta"], given["epsilon"], given["budget"])
