@@ -76,8 +76,7 @@ def test_any_order_resume_and_eval(
 ) -> None:
     """A silo that starts before broker and worker waits for them; training goes on from an adapter."""
     endpoint = processes.broker()  # A free port; the broker itself is started again below.
-    broker = processes._started.pop()
-    broker.stop()
+    processes["broker"].stop()
     train = ["silo", "train", "--broker", endpoint, *TINY, "--data", str(chats), "--lr", "0.01"]
     first = processes.start("first", *train, "--steps", "6", "--out", str(tmp_path / "a"))
     time.sleep(1)
@@ -198,12 +197,12 @@ def test_a_death_in_the_pool_is_told_and_nothing_is_left(
         on_line=lambda _: stepped.set(),
     )
     assert stepped.wait(60), silo.last_words()
-    next(p for p in processes._started if p.name == victim).stop(9)
+    processes[victim].stop(9)
     began = time.monotonic()
     while silo.running() and time.monotonic() - began < 40:
         time.sleep(0.1)
     assert not silo.running(), "the silo waits for ever"
-    assert silo._popen.returncode == 1
+    assert silo.code == 1
     assert f"[{victim}]" in silo.last_words()
     assert not out.exists()
     assert not out.parent.exists() or not list(out.parent.iterdir())
