@@ -3,37 +3,21 @@
 import os
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from broker.link import ZmqLink
-from codec.partition import Partition
-from silo_agent.ends import Ends
-from silo_agent.generation import generate
-from silo_agent.noise import Noise, NoiseScale
+from silo_agent.generation import OnText
 from silo_agent.processes import Process, Processes
-from silo_agent.remote import Remote, silo_attach
-from silo_agent.session import Session
-from workers import catalog
-from workers.checkpoint import Checkpoint
-
-PROMPTS = ["The ward board needs a short note", "Chest pain since"]
-TOKENS = 16
 
 
 class Pair:
     """Two brokers and who uses both."""
 
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
+    def __init__(self, processes: Processes, silo: Any) -> None:
+        self._processes, self._silo = processes, silo
         self.endpoints = [self.broker(name, "tcp://127.0.0.1:0") for name in ("first", "second")]
         self.options = [option for url in self.endpoints for option in ("--broker", url)]
-        self.tiny = str(catalog.fetch("tiny"))
-        self.tokenizer = AutoTokenizer.from_pretrained(self.tiny)
-        self.ends = Ends(Checkpoint(self.tiny), Partition(1, 2))
-        self.whole = AutoModelForCausalLM.from_pretrained(self.tiny, dtype=torch.float32)
 
     def broker(self, name: str, listen: str) -> str:
         return self._processes.listener(name, "listening on ", "broker", "--listen", listen)
@@ -44,43 +28,17 @@ class Pair:
     def __getitem__(self, name: str) -> Process:
         return self._processes[name]
 
-    def generates(self, on_text: Callable[[int, str], None] = lambda row, text: None) -> int:
+    def generates(self, on_text: OnText | None = None) -> int:
         """A silo of both brokers says what the whole model does; how many tokens it sent."""
-        prompts = [list(self.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-        remote = Remote(ZmqLink(self.endpoints, silo_attach("north"), patience=40.0), deadline=40.0)
-        try:
-            with Session(
-                self.ends, remote, rows=2, capacity=80, noise=Noise(NoiseScale()), wait=40.0
-            ) as session:
-                answers = generate(
-                    session,
-                    self.tokenizer,
-                    prompts,
-                    max_tokens=TOKENS,
-                    ends=frozenset(),
-                    on_text=on_text,
-                )
-        finally:
-            remote.close()
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids = torch.tensor([prompt])
-            greedy = self.whole.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-            )
-            assert answer.tokens == greedy[0, len(prompt) :].tolist()
-        return remote.traffic.tokens["extend up"]
+        return int(self._silo.writes(self.endpoints, on_text))
 
 
 @pytest.fixture
-def pair(processes: Processes) -> Pair:
-    return Pair(processes)
+def pair(processes: Processes, writer: Callable[[int], Any]) -> Pair:
+    return Pair(processes, writer(2))
 
 
-def once(deed: Callable[[], object]) -> Callable[[int, str], None]:
+def once(deed: Callable[[], object]) -> OnText:
     """Do it when some text has come, once."""
     left = [deed]
 

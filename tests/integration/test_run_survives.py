@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,26 +69,19 @@ class Clinics:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, chats_in: Callable[[Path], Path]) -> Path:
     """Where the adapters of a run are that nothing disturbed, with a worker that saves nothing."""
     place = tmp_path_factory.mktemp("undisturbed")
     with Processes(place / "logs") as processes:
-        clinics = Clinics(processes, chats_at(place), place)
+        clinics = Clinics(processes, chats_in(place), place)
         processes.start("worker", "worker", "--broker", clinics.brokers[0], "--model", "tiny")
         clinics.end(*(clinics.silo(name) for name in NAMES))
     return place
 
 
 @pytest.fixture
-def clinics(processes: Processes, tmp_path: Path) -> Clinics:
-    return Clinics(processes, chats_at(tmp_path), tmp_path)
-
-
-def chats_at(place: Path) -> Path:
-    source = Path(__file__).parents[2] / "silo_agent" / "demo" / "north_clinic.jsonl"
-    path = place / "chats.jsonl"
-    path.write_text("".join(source.read_text().splitlines(keepends=True)[:8]))
-    return path
+def clinics(processes: Processes, chats: Path, tmp_path: Path) -> Clinics:
+    return Clinics(processes, chats, tmp_path)
 
 
 def assert_equal(place: Path, undisturbed: Path) -> None:
@@ -137,10 +131,10 @@ def test_a_silo_and_the_broker_are_killed(clinics: Clinics, tmp_path: Path, undi
 
 
 def test_a_broker_is_killed_and_there_is_another(
-    processes: Processes, tmp_path: Path, undisturbed: Path
+    processes: Processes, chats: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     """The silos go on at the second broker, with the worker that serves both."""
-    clinics = Clinics(processes, chats_at(tmp_path), tmp_path, brokers=2)
+    clinics = Clinics(processes, chats, tmp_path, brokers=2)
     clinics.worker("worker")
     silos = [clinics.silo(name) for name in NAMES]
     clinics.reached("north", 2)

@@ -10,24 +10,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from broker.link import ZmqLink
-from codec.partition import Partition
-from silo_agent.ends import Ends
-from silo_agent.generation import generate
-from silo_agent.noise import Noise, NoiseScale
 from silo_agent.processes import Processes
-from silo_agent.remote import Remote, silo_attach
-from silo_agent.session import Session
-from workers import catalog
 from workers.checkpoint import Checkpoint
-
-PROMPT, TOKENS = "The ward board needs a short note", 16
 
 HANGS = """
 import time
@@ -64,13 +53,12 @@ def start(repository: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
 @pytest.mark.parametrize("how", ["stopped", "stuck"])
 def test_the_text_is_the_undisturbed_one(
-    processes: Processes, start: Callable[..., subprocess.Popen[bytes]], how: str
+    processes: Processes,
+    writer: Callable[[int], Any],
+    start: Callable[..., subprocess.Popen[bytes]],
+    how: str,
 ) -> None:
-    broker = processes.broker()
-    tiny = str(catalog.fetch("tiny"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    prompt = list(tokenizer(PROMPT)["input_ids"])
-    ends = Ends(Checkpoint(tiny), Partition(1, 2))
+    broker, silo = processes.broker(), writer(1)
     arguments = ("worker", "--broker", broker, "--model", "tiny")
     program = HANGS if how == "stuck" else "import trunkline; trunkline.cli()"
     first = start(program, *arguments)
@@ -81,28 +69,12 @@ def test_the_text_is_the_undisturbed_one(
         if how == "stopped" and len(times) == 3:
             os.kill(first.pid, signal.SIGSTOP)
 
-    remote = Remote(ZmqLink(broker, silo_attach("north"), patience=60.0), deadline=120.0)
-    try:
-        with Session(ends, remote, rows=1, capacity=80, noise=Noise(NoiseScale()), wait=60.0) as session:
-            processes.listener("second", "metrics at ", *arguments, "--metrics", "127.0.0.1:0", timeout=60.0)
-            (answer,) = generate(
-                session, tokenizer, [prompt], max_tokens=TOKENS, ends=frozenset(), on_text=on_text
-            )
-    finally:
-        remote.close()
-    once = len(prompt) + TOKENS - 1
-    assert remote.traffic.tokens["extend up"] > once, "it was lost in the middle"
+    def second() -> None:
+        processes.listener("second", "metrics at ", *arguments, "--metrics", "127.0.0.1:0", timeout=60.0)
+
+    sent = silo.writes(broker, on_text, second, patience=60.0, deadline=120.0, wait=60.0)
+    assert sent > silo.once, "it was lost in the middle"
     assert max(after - before for before, after in pairwise(times)) < 30, "no deadline was waited for"
-    whole = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    ids = torch.tensor([prompt])
-    greedy = whole.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    assert answer.tokens == greedy[0, len(prompt) :].tolist()
     if how == "stuck":
         assert first.wait(10) == 70, "whoever supervises it starts it again"
 
