@@ -1,5 +1,6 @@
 """The tiny model, whole and split, and a pool of one worker behind a broker in memory."""
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     runtime.quiet_libraries()
     whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
     return Tiny(path, Checkpoint(str(path)), AutoTokenizer.from_pretrained(path), whole)
+
+
+@pytest.fixture
+def own_log() -> Iterator[None]:
+    """What a command does to logging is undone afterwards."""
+    log = logging.getLogger("trunkline")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The commands from end to end, over real sockets, against what the whole model says."""
 
 import json
-import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -49,10 +48,8 @@ def endpoint(tiny: Any) -> Iterator[str]:
 
 
 @pytest.fixture
-def run(endpoint: str, tiny: Any) -> Iterator[Run]:
-    """Run a silo's command; it must not fail. The commands' logging is undone afterwards."""
-    log = logging.getLogger("trunkline")
-    before = log.handlers[:], log.level, log.propagate
+def run(endpoint: str, tiny: Any, own_log: None) -> Run:
+    """Run a silo's command; it must not fail."""
 
     def call(name: str, *arguments: object, text: str = "") -> Result:
         shared = ["--broker", endpoint, "--model", str(tiny.path), "--device", "cpu", "--wait", "20"]
@@ -61,8 +58,7 @@ def run(endpoint: str, tiny: Any) -> Iterator[Run]:
         assert result.exit_code == 0, result.output
         return result
 
-    yield call
-    log.handlers[:], log.level, log.propagate = before
+    return call
 
 
 def whole_answer(tiny: Any, text: str, tokens: int) -> str:

@@ -1,8 +1,6 @@
 """`silo plan` without a broker, and `--partition auto` where memory is short."""
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,7 @@ from codec.errors import LimitError, UsageError
 from silo_agent.commands import silo
 from silo_agent.planning import measuring
 
-
-@pytest.fixture(autouse=True)
-def _log() -> Iterator[None]:
-    """The commands' logging is undone afterwards."""
-    log = logging.getLogger("trunkline")
-    before = log.handlers[:], log.level, log.propagate
-    yield
-    log.handlers[:], log.level, log.propagate = before
+pytestmark = pytest.mark.usefixtures("own_log")
 
 
 def plan(tiny: Any, data: Path, *arguments: object) -> Result:
