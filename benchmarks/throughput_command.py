@@ -54,8 +54,8 @@ def throughput(mode: str, runs: int | None, plot: bool, json_path: Path | None, 
     """How much of the time does the trunk compute, and how fast beside the same batches in one process?
 
     The load comes from replay silos, which send boundary tensors recorded beforehand and compute
-    nothing. Busy is what the workers themselves count: time within the trunk's blocks, without codec,
-    sockets and optimizer; of a paced trunk, the time its passes take on the GPU.
+    nothing. Busy is what the workers themselves count: passes through the trunk and optimizer steps,
+    without codec and sockets; of a paced trunk, the time its passes take on the GPU.
 
     \b
     Examples:
