@@ -83,12 +83,11 @@ def measure(settings: Settings, progress: Progress) -> dict[str, Any]:
             for kind, seconds in served.waits.items():
                 waits.setdefault(kind, []).extend(seconds)
         timeline = stack.timeline(served.begun, served.ended, _SLICE_S)
-    middle = ("trunk_busy", "tokens_per_s", "ratio_to_inprocess", "inprocess_tokens_per_s")
+    speed = ("trunk_busy", "tokens_per_s", "ratio_to_inprocess", "inprocess_tokens_per_s")
+    middle = (*speed, "bytes_per_token", "tokens_per_pass")
     return {
         "paced": settings.pace is not None,
         **{name: statistics.median(found[name] for found in rounds) for name in middle},
-        "bytes_per_token": statistics.median(found["bytes_per_token"] for found in rounds),
-        "tokens_per_pass": statistics.median(found["tokens_per_pass"] for found in rounds),
         "latency_ms": latencies_ms(waits),
         "cores": rounds[-1]["cores"],
         "rounds": rounds,
