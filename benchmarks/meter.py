@@ -1,7 +1,6 @@
 """How long a trunk computed: counted where it computes, told on stdout for who measures."""
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -19,34 +18,32 @@ class Meter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._busy, self._passes, self._tokens = 0.0, 0, 0
-        self._depth, self._since, self._at_most = 0, 0.0, math.inf
+        self._under_way: tuple[float, float] | None = None
+        """When the pass began, and how many seconds of it count at most."""
 
-    def begin(self, at_most: float = math.inf) -> None:
-        """A pass begins, forward or backward, or one more part of it. No more than `at_most` seconds
-        of it count.
-        """
+    def begin(self, at_most: float) -> None:
+        """A pass begins, forward or backward; one at a time. No more than `at_most` seconds of it count."""
         with self._lock:
-            if not self._depth:
-                self._since, self._at_most = time.monotonic(), at_most
-            self._depth += 1
+            self._under_way = time.monotonic(), at_most
 
     def end(self, tokens: int) -> None:
-        """What began is over; with its last part the pass is."""
+        """The pass is over."""
         with self._lock:
-            self._depth -= 1
+            self._busy += self._so_far()
+            self._under_way = None
+            self._passes += 1
             self._tokens += tokens
-            if not self._depth:
-                self._busy += self._so_far()
-                self._passes += 1
 
     def _so_far(self) -> float:
-        return min(time.monotonic() - self._since, self._at_most)
+        if self._under_way is None:
+            return 0.0
+        begun, at_most = self._under_way
+        return min(time.monotonic() - begun, at_most)
 
     def counters(self) -> Counters:
         """What was counted so far."""
         with self._lock:
-            busy = self._busy + (self._so_far() if self._depth else 0.0)
-            return {"busy": busy, "passes": self._passes, "tokens": self._tokens}
+            return {"busy": self._busy + self._so_far(), "passes": self._passes, "tokens": self._tokens}
 
 
 def tell(

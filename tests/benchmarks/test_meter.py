@@ -33,26 +33,13 @@ def read(counter: Meter) -> tuple[float, int, int]:
 def test_a_pass_counts_while_it_is_under_way(at: Callable[[float], None]) -> None:
     counter = Meter()
     at(10)
-    counter.begin()
+    counter.begin(at_most=60.0)
     at(12)
     assert read(counter) == (2, 0, 0)
     at(13)
     counter.end(5)
     at(20)
     assert read(counter) == (3, 1, 5)
-
-
-def test_parts_of_one_pass_are_one_stretch_of_time(at: Callable[[float], None]) -> None:
-    counter = Meter()
-    at(1)
-    counter.begin()
-    at(2)
-    counter.begin()
-    at(5)
-    counter.end(3)
-    at(6)
-    counter.end(4)
-    assert read(counter) == (5, 1, 7)
 
 
 def test_what_is_slept_too_long_is_no_work(at: Callable[[float], None]) -> None:
