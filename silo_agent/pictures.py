@@ -1,5 +1,8 @@
 """Pictures for people. They need matplotlib (`pip install 'trunkline[plots]'`)."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from codec.errors import UsageError
@@ -17,3 +20,16 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+@contextlib.contextmanager
+def panels(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """What `subplots` gives with these `options`, to be drawn on: the picture is then saved at `path`.
+
+    Raises `UsageError` if matplotlib is not there.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
+    yield axes
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

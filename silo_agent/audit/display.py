@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from silo_agent.pictures import pyplot
+from silo_agent.pictures import panels
 
 
 def show_attacks(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -27,11 +27,8 @@ def show_attacks(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def draw_attacks(rows: Sequence[Mapping[str, Any]], label: str, path: Path) -> None:
     """Bars of tokens recovered. Raises `UsageError` if matplotlib is not there."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.4 * len(rows)), layout="constrained")
-    bars = axis.barh([row["name"] for row in rows], [100 * row["token_recovery"] for row in rows])
-    axis.bar_label(bars, fmt="%.0f", padding=3)
-    axis.invert_yaxis()
-    axis.set(title=label, xlabel="tokens recovered, %", xlim=(0, 108))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with panels(path, figsize=(8, 0.6 + 0.4 * len(rows))) as axis:
+        bars = axis.barh([row["name"] for row in rows], [100 * row["token_recovery"] for row in rows])
+        axis.bar_label(bars, fmt="%.0f", padding=3)
+        axis.invert_yaxis()
+        axis.set(title=label, xlabel="tokens recovered, %", xlim=(0, 108))
