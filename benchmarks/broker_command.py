@@ -1,7 +1,8 @@
 """`trunkline bench broker`: routed messages a second, beside a plain proxy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -27,9 +28,36 @@ def round_trip_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def tell_round_trips(
+    bench: str,
+    measure: Callable[..., dict[str, Any]],
+    columns: Mapping[str, str],
+    *,
+    sizes: str,
+    json_path: Path | None,
+    **options: int,
+) -> None:
+    """Measure as told, print a row for each size and write the report.
+
+    `columns` are a table's titles, and how a row's figures are written below them.
+    """
+    from benchmarks.numbers import numbers
+    from silo_agent.report import write_report
+
+    wanted = [int(size) for size in numbers(sizes, least=4, example="--sizes 1024,65536")]
+    settings = {"sizes": wanted, **options}
+    with Console(stderr=True).status("starting") as status:
+        results = measure(**settings, progress=status.update)
+    table = Table(*columns, box=None)
+    for row in results["rows"]:
+        table.add_row(*(cell.format(**row) for cell in columns.values()))
+    Console().print(table)
+    write_report(json_path, bench, settings, results)
+
+
 @click.command("broker")
 @round_trip_options
-def broker(sizes: str, count: int, window: int, rounds: int, json_path: Path | None) -> None:
+def broker(**options: Any) -> None:
     """How many messages a second does the broker route, beside zmq.proxy, which only passes them on?
 
     \b
@@ -38,22 +66,13 @@ def broker(sizes: str, count: int, window: int, rounds: int, json_path: Path | N
       trunkline bench broker --sizes 1024 --rounds 1
     """
     from benchmarks.broker import measure
-    from benchmarks.numbers import numbers
-    from silo_agent.report import write_report
 
-    wanted = [int(size) for size in numbers(sizes, least=4, example="--sizes 1024,65536")]
-    with Console(stderr=True).status("starting") as status:
-        results = measure(sizes=wanted, count=count, window=window, rounds=rounds, progress=status.update)
-    table = Table("bytes", "broker/s", "zmq.proxy/s", "ratio", "added µs, 50 %", "99 %", box=None)
-    for row in results["rows"]:
-        table.add_row(
-            str(row["bytes"]),
-            f"{row['broker_per_s']:.0f}",
-            f"{row['proxy_per_s']:.0f}",
-            f"{row['ratio']:.2f}",
-            f"{row['added_us_p50']:.0f}",
-            f"{row['added_us_p99']:.0f}",
-        )
-    Console().print(table)
-    settings = {"sizes": wanted, "count": count, "window": window, "rounds": rounds}
-    write_report(json_path, "broker", settings, results)
+    columns = {
+        "bytes": "{bytes}",
+        "broker/s": "{broker_per_s:.0f}",
+        "zmq.proxy/s": "{proxy_per_s:.0f}",
+        "ratio": "{ratio:.2f}",
+        "added µs, 50 %": "{added_us_p50:.0f}",
+        "99 %": "{added_us_p99:.0f}",
+    }
+    tell_round_trips("broker", measure, columns, **options)

@@ -1,17 +1,15 @@
 """`trunkline bench curve`: what keys cost, side by side with none."""
 
-from pathlib import Path
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.broker_command import round_trip_options
+from benchmarks.broker_command import round_trip_options, tell_round_trips
 
 
 @click.command("curve")
 @round_trip_options
-def curve(sizes: str, count: int, window: int, rounds: int, json_path: Path | None) -> None:
+def curve(**options: Any) -> None:
     """What do keys cost? Round trips through a real broker with CURVE and without, in turns.
 
     \b
@@ -20,25 +18,14 @@ def curve(sizes: str, count: int, window: int, rounds: int, json_path: Path | No
       trunkline bench curve --sizes 1024 --rounds 1
     """
     from benchmarks.curve import measure
-    from benchmarks.numbers import numbers
-    from silo_agent.report import write_report
 
-    wanted = [int(size) for size in numbers(sizes, least=4, example="--sizes 1024,65536")]
-    with Console(stderr=True).status("starting") as status:
-        results = measure(sizes=wanted, count=count, window=window, rounds=rounds, progress=status.update)
-    table = Table(
-        "bytes", "without/s", "with keys/s", "ratio", "alone µs, 50 %", "added µs, 50 %", "99 %", box=None
-    )
-    for row in results["rows"]:
-        table.add_row(
-            str(row["bytes"]),
-            f"{row['plain_per_s']:.0f}",
-            f"{row['curve_per_s']:.0f}",
-            f"{row['ratio']:.2f}",
-            f"{row['plain_us_p50']:.0f}",
-            f"{row['added_us_p50']:.0f}",
-            f"{row['added_us_p99']:.0f}",
-        )
-    Console().print(table)
-    settings = {"sizes": wanted, "count": count, "window": window, "rounds": rounds}
-    write_report(json_path, "curve", settings, results)
+    columns = {
+        "bytes": "{bytes}",
+        "without/s": "{plain_per_s:.0f}",
+        "with keys/s": "{curve_per_s:.0f}",
+        "ratio": "{ratio:.2f}",
+        "alone µs, 50 %": "{plain_us_p50:.0f}",
+        "added µs, 50 %": "{added_us_p50:.0f}",
+        "99 %": "{added_us_p99:.0f}",
+    }
+    tell_round_trips("curve", measure, columns, **options)
