@@ -26,6 +26,28 @@ _TRIP = "trip"
 """Opened anew, and with that emptied, for every round trip that carries nothing."""
 
 
+class _Asides:
+    """Dense masks that go beside requests, and which answers are theirs alone."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self._trunk = trunk
+        self._numbers: set[int] = set()
+
+    def mask(self, mask: Crossing, number: int) -> Parcel:
+        """The mask, which our protocol has no place for, as the one tensor of a session nobody uses.
+
+        It is sent ahead of the request it belongs to and not waited for: it costs its bytes, no round trip.
+        """
+        self._numbers.add(number)
+        return numbered(open_session(self._trunk, _ASIDE, 1, LoraPlan(), ("mask",)), number, [mask])
+
+    def answered(self, header: Answer) -> bool:
+        """Whether this is the answer to a mask."""
+        ours = header.id in self._numbers
+        self._numbers.discard(header.id)
+        return ours
+
+
 class MaskedTraining(Training):
     """Training in which a dense mask crosses with every micro-batch."""
 
@@ -43,18 +65,16 @@ class MaskedTraining(Training):
         """`mask` is what crosses; the rest is `Training`'s."""
         super().__init__(trunk, run, silos, batches, window=window, accumulate=accumulate)
         self._mask = mask
-        self._asides: set[int] = set()
+        self._asides = _Asides(trunk)
 
     def answered(self, header: Answer) -> list[Parcel]:
         """See `Replay.answered`."""
-        if header.id in self._asides:
-            self._asides.discard(header.id)
+        if self._asides.answered(header):
             return []
         return super().answered(header)
 
     def _forward(self, number: int, batch: Replayed) -> list[Parcel]:
-        mask = masked(self._trunk, self._mask, next(self._ids))
-        self._asides.add(mask.header.id)
+        mask = self._asides.mask(self._mask, next(self._ids))
         return [mask, *super()._forward(number, batch)]
 
 
@@ -80,12 +100,11 @@ class PublishedGeneration(Generation):
         super().__init__(trunk, prompt, token, new)
         self._cached, self._masks, self._trips = cached, masks, trips
         self._empty_trips = 0
-        self._asides: set[int] = set()
+        self._asides = _Asides(trunk)
 
     def answered(self, header: Answer) -> list[Parcel]:
         """See `Replay.answered`."""
-        if header.id in self._asides:
-            self._asides.discard(header.id)
+        if self._asides.answered(header):
             return []
         if self._empty_trips:
             self._empty_trips -= 1
@@ -105,15 +124,4 @@ class PublishedGeneration(Generation):
         step = super()._step()
         if self._masks is None:
             return step
-        mask = masked(self._trunk, self._masks[bool(self._made)], next(self._ids))
-        self._asides.add(mask.header.id)
-        return [mask, *step]
-
-
-def masked(trunk: Trunk, mask: Crossing, number: int) -> Parcel:
-    """The dense mask, which our protocol has no place for, as the one tensor of a session nobody uses.
-
-    It is sent ahead of the request it belongs to and not waited for: it costs its bytes, no round trip.
-    """
-    opening = open_session(trunk, _ASIDE, 1, LoraPlan(), ("mask",))
-    return numbered(opening, number, [mask])
+        return [self._asides.mask(self._masks[bool(self._made)], next(self._ids)), *step]
